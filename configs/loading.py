@@ -1,0 +1,289 @@
+"""From a config's file, flags or JSON to a locked, checked ConfigDict.
+
+    python -m nmm_jax.train --config=configs/early_fusion.py:275m --config.steps=100 --config.mesh.tensor=2
+
+Keys are the ones of configs/base.py and no others, wherever they come from: a misspelt key is refused with the
+nearest real name. Sequences are tuples everywhere, also after a round trip through JSON.
+"""
+
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs.base import base
+
+
+class ConfigError(ValueError):
+    """A config that cannot be meant: the message names the keys at fault and what to do."""
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines --config=FILE[:arg] with its overrides --config.key=value; `.value` is the locked, validated config."""
+    holder = config_flags.DEFINE_config_file("config", help_string="config file, and its argument after a colon")
+    flags.FLAGS["config"].parser = _ConfigFileParser()
+    flags.mark_flag_as_required("config")
+    flags.register_validator("config", _is_valid)
+    return holder
+
+
+def load(path_and_arg: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of FILE[:arg], with overrides such as {"optimizer.learning_rate": 1e-3}, locked and validated.
+
+    Raises:
+      ConfigError: there is no such file, an unknown key, a value of another type, or keys that contradict each other.
+    """
+    config = _read_file(path_and_arg)
+    _assign(config, overrides or {}, path_and_arg)
+    validate(config)
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    """The whole config, keys sorted; `from_json` gives it back."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The locked config that `to_json` wrote. Keys that are newer than the text have their defaults."""
+    config = base()
+    _assign(config, flatten(json.loads(text)), "config.json")
+    return config.lock()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"mesh": {"fsdp": 8}} -> {"mesh.fsdp": 8}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _read_file(path_and_arg: str) -> ConfigDict:
+    path, _, arg = path_and_arg.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"there is no config file {path!r}; give --config=configs/NAME.py[:ARGUMENT]")
+    spec = importlib.util.spec_from_file_location(f"config_file_{pathlib.Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config")
+    config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}; expected a ConfigDict from base()")
+    known = flatten(base())
+    for key in flatten(config):
+        _require_known(key, known, path)
+    missing = known.keys() - flatten(config).keys()
+    if missing:
+        raise ConfigError(f"{path} lacks the keys {sorted(missing)}; get_config should start from configs.base.base()")
+    return config.lock()
+
+
+def _require_known(key: str, known: Iterable[str], where: str) -> None:
+    known = set(known)
+    if key in known:
+        return
+    groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    if key in groups:
+        raise ConfigError(f"{where}: {key!r} is a group of keys; set its keys one by one, as in {key}.KEY")
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # perhaps the right name in the wrong group
+        near = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"; did you mean {near[0]!r}?" if near else "; configs/base.py lists them all"
+    raise ConfigError(f"{where}: config has no key {key!r}{hint}")
+
+
+def _assign(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+    known = flatten(config)
+    for key, value in values.items():
+        _require_known(key, known, where)
+        *groups, name = key.split(".")
+        group = config
+        for g in groups:
+            group = group[g]
+        try:
+            group[name] = tuple(value) if isinstance(value, list) else value
+        except (TypeError, ValueError) as e:
+            kind = type(known[key]).__name__
+            raise ConfigError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {kind}") from e
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """Reads the file as `load` does, and looks at the overrides' names before ml_collections does."""
+
+    def parse(self, path: Any) -> ConfigDict:
+        config = path if isinstance(path, ConfigDict) else _read_file(path)
+        known = flatten(config)
+        for argument in sys.argv[1:]:
+            flag = argument.split("=", 1)[0].lstrip("-")
+            if argument.startswith("-") and flag.startswith(("config.", "noconfig.")):
+                _require_known(flag.split(".", 1)[1], known, f"--{flag}")
+        return config
+
+
+def _is_valid(config: ConfigDict | None) -> bool:
+    if config is not None:  # a missing --config has its own message
+        try:
+            validate(config)
+        except ConfigError as e:  # not a ValidationError: that one prints the whole config before the message
+            raise flags.IllegalFlagValueError(str(e)) from e
+    return True
+
+
+_CHOICES = {
+    "data.caption_order": ("image_first", "text_first", "random"),
+    "data.image_attention": ("bidirectional", "causal"),
+    "data.image_rotary": ("sequential", "shared"),
+    "data.worker_kind": ("threads", "processes"),
+    "model.family": ("early_fusion",),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.norm_position": ("pre", "post"),
+    "model.qk_norm": ("none", "full", "head"),
+    "model.init": ("fan_in_depth_scaled", "open_lm", "normal"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "reference", "blocked"),
+    "model.remat": ("none", "full", "minimal"),
+    "schedule.kind": ("wsd", "cosine"),
+    "schedule.cooldown_shape": ("1-sqrt", "linear"),
+}
+
+# The least value of a number; where 0 has a meaning of its own it is allowed.
+_AT_LEAST = {
+    "steps": 1, "batch_rows": 1, "row_length": 2, "gradient_accumulation": 1,
+    "data.window": 1, "data.workers": 0, "data.prefetch": 1,
+    "image.size": 1, "image.patch": 1, "image.positions": 1, "image.per_row": 1,
+    "model.vocab_size": 7, "model.width": 1, "model.depth": 1, "model.heads": 1, "model.kv_heads": 0,
+    "model.head_dim": 0, "model.ffn_width": 0, "model.vocab_chunks": 0,
+    "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.0, "optimizer.z_loss": 0.0,
+    "schedule.warmup": 0, "schedule.cooldown": 0, "schedule.final_ratio": 0.0,
+    "trunk.step": -1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
+    "evaluation.rows": 1, "evaluation.batch_rows": 1, "evaluation.questions": 1,
+    "log.every": 1, "profile.start": 0, "profile.steps": 0,
+}  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """What can be seen wrong without data and without devices.
+
+    Raises:
+      ConfigError: names the keys, their values and what to do.
+    """
+    flat = flatten(config)
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            near = difflib.get_close_matches(flat[key], choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{key} = {flat[key]!r} is none of {', '.join(choices)}{hint}")
+    for key, least in _AT_LEAST.items():
+        if not flat[key] >= least or math.isinf(flat[key]):
+            raise ConfigError(f"{key} = {flat[key]!r}; it must be at least {least}")
+    _validate_data(config)
+    _validate_image(config)
+    _validate_model(config)
+    _validate_training(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _validate_data(config: ConfigDict) -> None:
+    sources, weights = config.data.sources, config.data.weights
+    _require(len(sources) > 0, "data.sources is empty; name at least one dataset folder under data.root")
+    _require(
+        len(sources) == len(weights),
+        f"data.sources has {len(sources)} names and data.weights {len(weights)} numbers; give one weight per source",
+    )
+    _require(len(set(sources)) == len(sources), f"data.sources = {sources!r} names a source twice; add up its weights")
+    _require(
+        all(w > 0 and math.isfinite(w) for w in weights),
+        f"data.weights = {weights!r} must all be positive; leave out of data.sources what should not be read",
+    )
+
+
+def _validate_image(config: ConfigDict) -> None:
+    image = config.image
+    _require(
+        image.size % image.patch == 0,
+        f"image.size = {image.size} is no multiple of image.patch = {image.patch}; "
+        f"the next one is {-(-image.size // image.patch) * image.patch}",
+    )
+    patches = (image.size // image.patch) ** 2
+    if config.model.family == "early_fusion":
+        _require(
+            image.positions == patches,
+            f"image.positions = {image.positions}; in early fusion it is (image.size / image.patch)^2 = {patches}",
+        )
+    span = image.positions + 2 * config.data.image_delimiters
+    _require(
+        span <= config.row_length,
+        f"an image takes {span} positions (image.positions, and two delimiters where data.image_delimiters is on) "
+        f"and does not fit row_length = {config.row_length}; make rows longer or images smaller",
+    )
+    low_high = tuple(image.crop_scale)
+    _require(
+        len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
+        f"image.crop_scale = {image.crop_scale!r}; expected (low, high) with 0 < low <= high <= 1",
+    )
+    _require(0 <= image.flip <= 1, f"image.flip = {image.flip} is no probability; it must be from 0 to 1")
+    for key in ("mean", "std"):
+        _require(len(image[key]) == 3, f"image.{key} = {image[key]!r}; expected three numbers: red, green, blue")
+    _require(all(s > 0 for s in image.std), f"image.std = {image.std!r} must all be positive")
+
+
+def _validate_model(config: ConfigDict) -> None:
+    model = config.model
+    if not model.head_dim:
+        _require(
+            model.width % model.heads == 0,
+            f"model.width = {model.width} is no multiple of model.heads = {model.heads}; set model.head_dim",
+        )
+    head_dim = model.head_dim or model.width // model.heads
+    _require(head_dim % 2 == 0, f"the head dimension is {head_dim}; rotary positions need an even one (model.head_dim)")
+    if model.kv_heads:
+        _require(
+            model.heads % model.kv_heads == 0,
+            f"model.heads = {model.heads} is no multiple of model.kv_heads = {model.kv_heads}",
+        )
+
+
+def _validate_training(config: ConfigDict) -> None:
+    _require(
+        config.batch_rows % config.gradient_accumulation == 0,
+        f"batch_rows = {config.batch_rows} does not divide into gradient_accumulation = "
+        f"{config.gradient_accumulation} microbatches of whole rows",
+    )
+    sizes = {axis: config.mesh[axis] for axis in ("replica", "fsdp", "expert", "tensor")}
+    _require(
+        all(n == -1 or n >= 1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
+        f"mesh = {sizes}; sizes are positive, and one of them may be -1 (the devices that are left)",
+    )
+    optimizer, schedule = config.optimizer, config.schedule
+    for key in ("beta1", "beta2"):
+        _require(0 <= optimizer[key] < 1, f"optimizer.{key} = {optimizer[key]}; it must be from 0 to below 1")
+    _require(optimizer.eps > 0, f"optimizer.eps = {optimizer.eps}; it must be positive")
+    _require(
+        schedule.final_ratio <= 1,
+        f"schedule.final_ratio = {schedule.final_ratio} is a part of the peak; it must be from 0 to 1",
+    )
+    cooldown = schedule.cooldown if schedule.kind == "wsd" else 0
+    _require(
+        schedule.warmup + cooldown <= config.steps,
+        f"schedule.warmup = {schedule.warmup} and schedule.cooldown = {cooldown} together are longer than the run, "
+        f"steps = {config.steps}; shorten them or train longer",
+    )

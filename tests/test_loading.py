@@ -1,0 +1,111 @@
+"""Configs: names are checked, values keep their types, contradictions are explained."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import loading
+from configs.base import base
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def test_overrides_and_json_round_trip():
+    config = loading.load(QUICKSTART, {"optimizer.learning_rate": 1, "data.sources": ["a"], "data.weights": (1.0,)})
+    assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+    assert config.data.sources == ("a",)
+    again = loading.from_json(loading.to_json(config))
+    assert again == config
+    assert isinstance(again.image.crop_scale, tuple) and again.is_locked
+
+
+def test_json_of_an_older_version_gets_defaults_and_unknown_keys_are_refused():
+    assert loading.from_json('{"steps": 7}').steps == 7
+    assert loading.from_json('{"steps": 7}').batch_rows == base().batch_rows
+    with pytest.raises(loading.ConfigError, match="no key 'model.widht'; did you mean 'model.width'"):
+        loading.from_json('{"model": {"widht": 7}}')
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("optimizer.lerning_rate", "optimizer.learning_rate"),
+        ("stps", "steps"),
+        ("mesh.fdsp", "mesh.fsdp"),
+        ("checkpoint.evry", "checkpoint.every"),
+    ],
+)
+def test_misspelt_key_names_the_nearest(wrong, right):
+    with pytest.raises(loading.ConfigError, match=f"no key '{wrong}'; did you mean '{right}'"):
+        loading.load(QUICKSTART, {wrong: 1})
+
+
+def test_misspelt_key_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs.base import base\ndef get_config():\n  c = base()\n  c.optimizer.lerning_rate = 1.\n  return c\n"
+    )
+    with pytest.raises(
+        loading.ConfigError, match="mine.py: .*'optimizer.lerning_rate'; did you mean 'optimizer.learning"
+    ):
+        loading.load(str(file))
+
+
+def test_groups_types_and_missing_files():
+    with pytest.raises(loading.ConfigError, match="'optimizer' is a group"):
+        loading.load(QUICKSTART, {"optimizer": 3})
+    with pytest.raises(loading.ConfigError, match="steps = 'many' is a str; expected int"):
+        loading.load(QUICKSTART, {"steps": "many"})
+    with pytest.raises(loading.ConfigError, match="no config file 'configs/nope.py'"):
+        loading.load("configs/nope.py")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"data.weights": (0.5, 0.5)}, "3 names and data.weights 2"),
+        ({"data.weights": (0.5, 0.5, 0.0)}, "all be positive"),
+        ({"data.sources": ("text", "text", "a")}, "names a source twice"),
+        ({"image.size": 30}, "image.size = 30 is no multiple of image.patch = 8; the next one is 32"),
+        ({"image.positions": 9}, r"image.positions = 9; in early fusion it is .* = 16"),
+        ({"row_length": 15}, "an image takes 16 positions"),
+        ({"row_length": 17, "data.image_delimiters": True}, "an image takes 18 positions"),
+        ({"gradient_accumulation": 3}, "batch_rows = 8 does not divide"),
+        ({"model.norm": "rmsnom"}, "did you mean 'rmsnorm'"),
+        ({"model.heads": 3}, "model.width = 128 is no multiple of model.heads = 3"),
+        ({"model.kv_heads": 3}, "model.heads = 4 is no multiple of model.kv_heads = 3"),
+        ({"mesh.tensor": -1}, "one of them may be -1"),
+        ({"mesh.tensor": 0}, "sizes are positive"),
+        ({"steps": 100}, "longer than the run, steps = 100"),
+        ({"checkpoint.every": 0}, "checkpoint.every = 0; it must be at least 1"),
+        ({"optimizer.beta2": 1.0}, "from 0 to below 1"),
+        ({"image.crop_scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
+        ({"schedule.final_ratio": float("nan")}, "schedule.final_ratio = nan"),
+    ],
+)  # fmt: skip
+def test_contradictions(overrides, message):
+    with pytest.raises(loading.ConfigError, match=message):
+        loading.load(QUICKSTART, overrides)
+
+
+def test_flags(tmp_path):
+    """In a process of its own: absl's flags are global, and ml_collections reads sys.argv."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from absl import app\n"
+        "from configs import loading\n"
+        "CONFIG = loading.define_config_flag()\n"
+        "app.run(lambda _: print(CONFIG.value.steps, CONFIG.value.data.sources))\n"
+    )
+
+    def run(*args):
+        done = subprocess.run([sys.executable, program, *args], capture_output=True, text=True, env={"PYTHONPATH": "."})
+        return done.stdout + done.stderr
+
+    assert run(f"--config={QUICKSTART}", "--config.steps=4000").startswith("4000 ('captions'")
+    misspelt = run(f"--config={QUICKSTART}", "--config.optimizer.lerning_rate=1")
+    assert "no key 'optimizer.lerning_rate'; did you mean 'optimizer.learning_rate'" in misspelt
+    contradiction = run(f"--config={QUICKSTART}", "--config.gradient_accumulation=3")
+    assert "Flags parsing error: batch_rows = 8 does not divide" in contradiction
+    assert "Traceback" not in misspelt + contradiction
