@@ -1,0 +1,224 @@
+"""Words for scenes: phrases, captions, questions with their answers, and sentences about changes.
+
+Lower case, with ordinary punctuation. The words are few and known and a sentence that lists
+objects does so from left to right unless it says otherwise, so that a text is predictable from its picture.
+"""
+
+import dataclasses
+import random
+import re
+
+from data_pipelines.scenes.scene import Change, Level, Object, Scene, occluded_pair
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+PLURALS = {"cross": "crosses"}
+CORNERS = {"circle": "no", "square": "four", "triangle": "three", "ring": "no", "diamond": "four", "star": "ten"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    kind: str
+    text: str
+    answer: str
+
+
+def plural(kind: str) -> str:
+    return PLURALS.get(kind, kind + "s")
+
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def join(phrases: list[str]) -> str:
+    """a | a and b | a, b and c"""
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def name(o: Object) -> str:
+    return f"{o.colour} {o.kind}"
+
+
+def describe(o: Object, size: bool = False, texture: bool = False) -> str:
+    """blue circle | small blue circle | small striped blue circle; "solid" is not said."""
+    words = [o.size] * size + [o.texture] * (texture and o.texture != "solid") + [o.colour, o.kind]
+    return " ".join(words)
+
+
+def refer(o: Object, scene: Scene) -> str:
+    """The shortest phrase that means this object in this scene."""
+    same_kind = [p for p in scene.objects if p.kind == o.kind]
+    if len(same_kind) == 1:
+        return f"the {o.kind}"
+    return f"the {name(o)}"
+
+
+def unique(scene: Scene) -> list[Object]:
+    """The objects that share colour and kind with no other, so that `refer` names one."""
+    pairs = [o.pair for o in scene.objects]
+    return [o for o in scene.objects if pairs.count(o.pair) == 1]
+
+
+def place(o: Object) -> str:
+    """on the left | in the middle | on the right"""
+    return "on the left" if o.x < 0.4 else "on the right" if o.x > 0.6 else "in the middle"
+
+
+def in_line(scene: Scene) -> bool:
+    """Whether the order from left to right is plain: no two objects stand nearly above each other."""
+    line = scene.from_left()
+    return all(b.x - a.x > 0.05 for a, b in zip(line, line[1:], strict=False))
+
+
+def relation(a: Object, b: Object) -> str | None:
+    """How a stands to b, where one direction is plain: to the left of | to the right of | above | below."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > 0.15 and abs(dx) >= abs(dy):
+        return "to the left of" if dx < 0 else "to the right of"
+    if abs(dy) > 0.15 and abs(dy) > 1.5 * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def line_up(scene: Scene) -> str:
+    """The caption whose every word is decided by the picture (used as a question too)."""
+    return join([with_article(name(o)) for o in scene.from_left()]) + "."
+
+
+LINE_UP = "from left to right:"
+
+
+def tally(scene: Scene) -> str:
+    """three red circles and a blue square, in the order in which the first of each stands from the left"""
+    counts: dict[tuple[str, str], int] = {}
+    for o in scene.from_left():
+        counts[o.pair] = counts.get(o.pair, 0) + 1
+    return join(
+        [
+            with_article(f"{colour} {kind}") if n == 1 else f"{NUMBERS[n]} {colour} {plural(kind)}"
+            for (colour, kind), n in counts.items()
+        ]
+    )
+
+
+def caption(rng: random.Random, level: Level, scene: Scene) -> tuple[str, ...]:
+    """One true caption, in one or two text parts. Which template: those the scene allows, drawn by weight."""
+    size, texture = rng.random() < 0.5, len(level.textures) > 1 and rng.random() < 0.7
+    line = scene.from_left()
+    full = [with_article(describe(o, size, texture)) for o in line]
+    if len(unique(scene)) < len(line):
+        there = "there are " if not tally(scene).startswith(("a ", "an ")) else "there is "
+        return (rng.choice(["", there]) + tally(scene) + ".",)
+    if len(line) == 1:
+        return (rng.choice([f"{full[0]}.", f"{full[0]} {place(line[0])}.", f"{place(line[0])} is {full[0]}."]),)
+    number = f"{NUMBERS[len(line)]} shapes: {join(full)}."
+    if not in_line(scene):
+        options = [number]
+    else:
+        options = [LINE_UP, LINE_UP, number]
+        right = f"{full[-1]} is on the right-hand side." if line[-1].x > 0.6 else None
+        left = f"{full[0]} is on the left-hand side." if line[0].x < 0.4 else None
+        if right and left:
+            middle = [f"in the middle is {full[1]}, "] if len(line) == 3 and 0.4 < line[1].x < 0.6 else []
+            if len(line) == 2 or middle:
+                options += ["sides", f"on the left is {full[0]}, {''.join(middle)}on the right is {full[-1]}."]
+            else:
+                options += ["sides"]
+    a, b = rng.sample(line, 2)
+    if relation(a, b):
+        pair = [with_article(describe(o, size, texture)) for o in (a, b)]
+        options += [f"{pair[0]} {relation(a, b)} {pair[1]}."] * 2
+    hidden = occluded_pair(scene)
+    if hidden:
+        back, front = (with_article(describe(o, size, texture)) for o in hidden)
+        options += [f"{front} in front of {back}.", f"{back} behind {front}.", f"{back} is partly hidden by {front}."]
+    chosen = rng.choice(options)
+    if chosen == LINE_UP:
+        return LINE_UP, line_up(scene)
+    if chosen == "sides":
+        return (rng.choice([f"on the right-hand side is {full[-1]}.", f"on the left-hand side is {full[0]}."]),)
+    return (chosen,)
+
+
+def questions(rng: random.Random, level: Level, scene: Scene) -> list[Question]:
+    """What can be asked of this scene, one of each kind, each with the only right answer."""
+    line = scene.from_left()
+    found = []
+    single = [o for o in unique(scene) if sum(p.kind == o.kind for p in scene.objects) == 1]
+    if single:
+        o = rng.choice(single)
+        found.append(Question("colour", f"what colour is the {o.kind}?", o.colour))
+        if len(level.textures) > 1:
+            found.append(Question("texture", f"is the {o.kind} solid, striped, dotted or checked?", o.texture))
+    if level.slots or rng.random() < 0.4:
+        found.append(Question("count", "how many shapes are there?", NUMBERS[len(line)]))
+    else:
+        kind = rng.choice(level.kinds) if rng.random() < 0.2 else rng.choice(line).kind
+        count = sum(o.kind == kind for o in line)
+        found.append(Question("count", f"how many {plural(kind)} are there?", NUMBERS[count]))
+    if len(line) > 1 and line[-1].x > 0.6 and line[-1].x - line[-2].x > 0.08:
+        found.append(Question("right", "which one is on the right-hand side?", name(line[-1])))
+    if len(line) > 1 and line[0].x < 0.4 and line[1].x - line[0].x > 0.08:
+        found.append(Question("left", "which one is on the left-hand side?", name(line[0])))
+    if not level.slots and len(line) > 1:
+        down = sorted(scene.objects, key=lambda o: o.y)
+        if down[0].y < 0.4 and down[1].y - down[0].y > 0.08:
+            found.append(Question("top", "which one is at the top?", name(down[0])))
+        if down[-1].y > 0.6 and down[-1].y - down[-2].y > 0.08:
+            found.append(Question("bottom", "which one is at the bottom?", name(down[-1])))
+    hidden = occluded_pair(scene)
+    if hidden:
+        back, front = hidden
+        found.append(Question("front", f"what is in front of the {name(back)}?", name(front)))
+    if len(unique(scene)) == len(line) and len(line) > 1 and in_line(scene):
+        found.append(Question("caption", LINE_UP, line_up(scene)))
+    return found
+
+
+def happened(change: Change, before: Scene) -> str:
+    """The answer to "what changed?", from the first scene to the second."""
+    if change.kind == "added":
+        return f"{with_article(name(change.after))} was added."
+    if change.kind == "removed":
+        return f"the {name(change.before)} was removed."
+    if change.kind == "recoloured":
+        return f"the {name(change.before)} turned {change.after.colour}."
+    if change.kind == "moved":
+        side = "right" if change.after.x > change.before.x else "left"
+        return f"the {name(change.before)} moved to the {side}."
+    first, second = sorted((change.before, change.other), key=lambda o: o.x)
+    return f"the {name(first)} and the {name(second)} swapped places."
+
+
+def retold(rng: random.Random, change: Change, before: Scene, first: bool) -> str:
+    """A sentence after a picture that refers back to the one before it, which may have been the first."""
+    if change.kind == "added":
+        new = with_article(name(change.after))
+        return rng.choice([f"now there is also {new} {place(change.after)}.", f"{new} came.", f"then {new} was added."])
+    if change.kind == "removed":
+        old = refer(change.before, before)
+        return rng.choice([f"{old} is gone.", f"now {old} is gone.", f"{old} was removed."])
+    if change.kind == "recoloured":
+        old, colour = refer(change.before, before), change.after.colour
+        then = "in the first picture" if first else "before"
+        return rng.choice(
+            [
+                f"{old} turned {colour}.",
+                f"now {old} is {colour}.",
+                f"{then} {old} was {change.before.colour}, now it is {colour}.",
+            ]
+        )
+    if change.kind == "moved":
+        old, side = refer(change.before, before), "right" if change.after.x > change.before.x else "left"
+        return rng.choice(
+            [f"{old} moved to the {side}.", f"{old} went to the {side}.", f"now {old} is {place(change.after)}."]
+        )
+    a, b = rng.sample([refer(change.before, before), refer(change.other, before)], 2)
+    return rng.choice(
+        [f"now {a} is where {b} was.", f"{a} and {b} swapped places.", f"{b} is now in the place of {a}."]
+    )
+
+
+def words(text: str) -> list[str]:
+    """The words and punctuation marks of a text; right-hand is three."""
+    return re.findall(r"\w+|[^\w\s]", text)

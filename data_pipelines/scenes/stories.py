@@ -1,0 +1,192 @@
+"""What the documents of each source say: a story is a tuple of texts and of scenes still to be rendered.
+
+captions      one picture with a caption, or with one to three questions and answers (never both: an answer must
+              come from the picture)
+interleaved   two to four pictures of a changing scene, told as it goes; or two and the question what changed
+text          no picture: imagined scenes with questions, changes told in words, sums, facts
+"""
+
+import random
+
+from data_pipelines.scenes import language
+from data_pipelines.scenes.language import NUMBERS, join, name, plural, refer, with_article
+from data_pipelines.scenes.scene import Change, Level, Scene, change, sample, sample_group, sample_occluded
+
+Story = tuple[str | Scene, ...]
+CHANGES = ("added", "removed", "recoloured", "moved", "swapped")
+WHAT_CHANGED = "what changed?"
+
+
+def some_scene(rng: random.Random, level: Level, first: tuple[str, str] | None = None) -> Scene:
+    """A scene of any sort the level has."""
+    sort = rng.random()
+    if not level.slots and sort < 0.2:
+        return sample_group(rng, level, first)
+    if not level.slots and sort < 0.4:
+        return sample_occluded(rng, level, first)
+    return sample(rng, level, first=first)
+
+
+def some_change(
+    rng: random.Random, level: Level, scene: Scene, pair: tuple[str, str] | None = None
+) -> tuple[Scene, Change]:
+    """The scene after a change of a random kind among those possible in it."""
+    for kind in rng.sample(CHANGES, len(CHANGES)):
+        outcome = change(rng, level, scene, kind, pair)
+        if outcome is not None:
+            return outcome
+    raise AssertionError(f"nothing can change in {scene}")  # one object can always be recoloured or joined
+
+
+def captions(rng: random.Random, level: Level) -> Story:
+    scene = some_scene(rng, level)
+    if rng.random() < 0.5:
+        return (scene, *language.caption(rng, level, scene))
+    asked = [q for q in language.questions(rng, level, scene) if q.kind != "caption"]
+    asked = rng.sample(asked, min(len(asked), rng.randint(1, 3)))
+    return (scene, *(text for q in asked for text in (q.text, q.answer)))
+
+
+def interleaved(rng: random.Random, level: Level) -> Story:
+    scene = sample(rng, level)
+    if rng.random() < 0.4:
+        after, happened = some_change(rng, level, scene)
+        return scene, after, WHAT_CHANGED, language.happened(happened, scene)
+    parts: list[str | Scene] = [scene, language.line_up(scene)]
+    for _ in range(rng.randint(1, 3)):
+        after, happened = some_change(rng, level, scene)
+        parts += [after, language.retold(rng, happened, scene, first=scene is parts[0])]
+        scene = after
+    if rng.random() < 0.5:
+        first, last = parts[0], scene
+        asked = [
+            ("how many shapes were in the first picture?", NUMBERS[len(first.objects)]),
+            ("how many shapes are there now?", NUMBERS[len(last.objects)]),
+        ]
+        if len(first.objects) > 1:
+            line = first.from_left()
+            asked.append(("which one was on the right-hand side in the first picture?", name(line[-1])))
+            asked.append(("which one was on the left-hand side in the first picture?", name(line[0])))
+        parts += rng.choice(asked)
+    return tuple(parts)
+
+
+def _imagined(rng: random.Random, level: Level) -> str:
+    """A row of objects described pair by pair, then questions that the sentences answer."""
+    scene = sample(rng, level, count=rng.randint(2, 3))
+    line = scene.from_left()
+    sentences = []
+    for a, b in zip(line, line[1:], strict=False):
+        if rng.random() < 0.5:
+            sentences.append(f"{with_article(name(a))} is to the left of {with_article(name(b))}.")
+        else:
+            sentences.append(f"{with_article(name(b))} is to the right of {with_article(name(a))}.")
+    asked = [q for q in language.questions(rng, level, scene) if q.kind in ("colour", "right", "left")]
+    asked.append(language.Question("count", "how many shapes are there?", NUMBERS[len(line)]))
+    for q in rng.sample(asked, min(2, len(asked))):
+        sentences.append(f"{q.text} {q.answer}.")
+    return " ".join(sentences)
+
+
+def _told(rng: random.Random, level: Level) -> str:
+    """A scene and its changes in words alone."""
+    scene = sample(rng, level)
+    sentences = [f"there {'was' if len(scene.objects) == 1 else 'were'} {language.line_up(scene)}"]
+    for _ in range(rng.randint(1, 3)):
+        after, happened = some_change(rng, level, scene)
+        sentences.append(language.happened(happened, scene))
+        scene = after
+    o = rng.choice(scene.objects)
+    sentences.append(
+        rng.choice(
+            [
+                f"now there {'is' if len(scene.objects) == 1 else 'are'} {language.line_up(scene)}",
+                f"how many shapes are there now? {NUMBERS[len(scene.objects)]}.",
+                f"what colour is {refer(o, scene)} now? {o.colour}.",
+            ]
+        )
+    )
+    return " ".join(sentences)
+
+
+def _sum(rng: random.Random, level: Level) -> str:
+    kinds = rng.sample(level.kinds, 2)
+    a = rng.randint(1, 5)
+    b = rng.randint(1, 6 - a)
+    groups = [f"{NUMBERS[n]} {kind if n == 1 else plural(kind)}" for n, kind in zip((a, b), kinds, strict=True)]
+    more, fewer = (kinds[0], kinds[1]) if a > b else (kinds[1], kinds[0])
+    compared = f"more {plural(more)} than {plural(fewer)}"
+    if a == b:
+        compared = f"as many {plural(kinds[0])} as {plural(kinds[1])}"
+    return rng.choice(
+        [
+            f"{join(groups)} are {NUMBERS[a + b]} shapes.",
+            f"{join(groups)}: how many shapes are there? {NUMBERS[a + b]}.",
+            f"{join(groups)}: there are {compared}.",
+        ]
+    )
+
+
+def _fact(rng: random.Random, level: Level) -> str:
+    kind = rng.choice(level.kinds)
+    colours = [c for c, k in level.pairs("seen") if k == kind]
+    number = rng.randint(1, 5)
+    facts = [
+        f"{with_article(kind)} is a shape.",
+        f"{rng.choice(level.colours)} is a colour.",
+        f"{NUMBERS[number + 1]} is one more than {NUMBERS[number]}.",
+        f"{NUMBERS[number]} comes before {NUMBERS[number + 1]}.",
+        f"here is {with_article(rng.choice(colours) + ' ' + kind)}. what shape is it? {with_article(kind)}.",
+    ]
+    if kind in language.CORNERS:
+        facts.append(f"{with_article(kind)} has {language.CORNERS[kind]} corners.")
+    return rng.choice(facts)
+
+
+def text(rng: random.Random, level: Level) -> Story:
+    told = rng.choices((_imagined, _told, _sum, _fact), weights=(3, 3, 2, 2), k=rng.randint(1, 3))
+    return (" ".join(tell(rng, level) for tell in told),)
+
+
+def question(rng: random.Random, level: Level, kind: str, combination: str) -> tuple[Story, int]:
+    """A question of `kind` whose answer is about a pair of `combination` -> (story, how many answers were open).
+
+    The story is pictures, question, answer. The number of objects is uniform, so that no count is commoner.
+    The second value is what a guess among the objects in the picture has to choose from (0: does not apply).
+    """
+    while True:
+        pair = rng.choice(level.pairs(combination))
+        if kind == "change":
+            outcome = _changed(rng, level, pair)
+            if outcome:
+                return outcome, 0
+            continue
+        scene = some_scene(rng, level, first=pair)
+        for q in language.questions(rng, level, scene):
+            if q.kind == kind and _about(q, pair):
+                return (scene, q.text, q.answer), len(scene.objects) if kind in ("right", "left") else 0
+
+
+def _about(q: language.Question, pair: tuple[str, str]) -> bool:
+    colour, kind = pair
+    if q.kind == "colour":
+        return q.answer == colour and kind in q.text.split("?")[0].split()
+    if q.kind == "texture":
+        return kind in q.text.split()
+    if q.kind in ("count", "caption"):
+        return True
+    return q.answer == f"{colour} {kind}"
+
+
+def _changed(rng: random.Random, level: Level, pair: tuple[str, str]) -> Story | None:
+    """Two pictures between which something happens to the object of `pair`, or by which it comes to be."""
+    kind = rng.choice(CHANGES)
+    comes = kind in ("added", "recoloured")
+    scene = sample(rng, level, first=None if comes else pair)
+    if comes and pair in [o.pair for o in scene.objects]:
+        return None
+    outcome = change(rng, level, scene, kind, pair)
+    if outcome is None:
+        return None
+    after, happened = outcome
+    return scene, after, WHAT_CHANGED, language.happened(happened, scene)
