@@ -1,4 +1,7 @@
-"""python -m data_pipelines.scenes --output=ROOT [--captions=N --interleaved=N --text=N --seed=0 --size=32 --level=full]"""
+"""Writes a corpus of scenes.
+
+python -m data_pipelines.scenes --output=ROOT --captions=N --interleaved=N --text=N --seed=0 --size=32 --level=quickstart
+"""
 
 import time
 

@@ -4,7 +4,6 @@ Document i of a source depends on (seed, source, split, i) alone, so any of them
 larger corpus begins with the smaller one.
 """
 
-import functools
 import os
 import random
 from collections.abc import Callable
@@ -56,7 +55,10 @@ def question(index: int, *, seed: int, level: str, size: int) -> Document:
 def write(
     root: str, counts: dict[str, int], held_out: int, questions: int, *, seed: int, level: str, size: int
 ) -> None:
-    """Writes ROOT/<source> for each of `counts` (train documents; `held_out` each), ROOT/questions, ROOT/tokenizer.json."""
+    """Writes ROOT/<source> for each of `counts`, ROOT/questions and ROOT/tokenizer.json.
+
+    `counts` are training documents by source; each source has `held_out` documents more in its held_out split.
+    """
     make = {"seed": seed, "level": level, "size": size}
     for source, count in counts.items():
         with DatasetWriter(os.path.join(root, source), source) as writer:
@@ -66,16 +68,4 @@ def write(
     with DatasetWriter(os.path.join(root, "questions"), "questions") as writer:
         for i in range(questions):
             writer.add(question(i, **make), "questions")
-    tokenizer.train_words([" ".join(vocabulary(level))], os.path.join(root, "tokenizer.json"))
-
-
-@functools.cache
-def vocabulary(level: str, draws: int = 4000) -> tuple[str, ...]:
-    """The words of a level, sorted: those of many stories of every source. The same for every seed and size."""
-    words: set[str] = set()
-    for source, tell in SOURCES.items():
-        for i in range(draws):
-            for part in tell(_rng(0, "vocabulary", source, i), LEVELS[level]):
-                if isinstance(part, str):
-                    words.update(language.words(part))
-    return tuple(sorted(words))
+    tokenizer.train_words([" ".join(language.vocabulary(LEVELS[level]))], os.path.join(root, "tokenizer.json"))

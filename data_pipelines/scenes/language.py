@@ -6,13 +6,30 @@ objects does so from left to right unless it says otherwise, so that a text is p
 
 import dataclasses
 import random
-import re
 
-from data_pipelines.scenes.scene import Change, Level, Object, Scene, occluded_pair
+from data_pipelines.scenes.changes import Change
+from data_pipelines.scenes.scene import Level, Object, Scene, occluded_pair
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 PLURALS = {"cross": "crosses"}
+LINE_UP = "from left to right:"  # opens the caption whose every word the picture decides; asked, too
 CORNERS = {"circle": "no", "square": "four", "triangle": "three", "ring": "no", "diamond": "four", "star": "ten"}
+
+# Besides the level's own names of kinds, colours, sizes and textures.
+WORDS = """
+    , - . : ? a above added also and are as before below came changed colour comes corners first five four from gone
+    hand has here how in is it left many middle more moved no now of on one picture place places removed right shape
+    shapes side six swapped than the then there three to turned two was went were what where which
+"""
+FULL_WORDS = "an at behind bottom by front hidden or partly ten top zero"
+
+
+def vocabulary(level: Level) -> list[str]:
+    """Every word and mark of the level's texts, sorted."""
+    words = set(WORDS.split()) | {*level.kinds, *map(plural, level.kinds), *level.colours, *level.sizes}
+    if not level.slots:
+        words |= {*FULL_WORDS.split(), *level.textures}
+    return sorted(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +54,6 @@ def join(phrases: list[str]) -> str:
 
 def name(o: Object) -> str:
     return f"{o.colour} {o.kind}"
-
-
-def describe(o: Object, size: bool = False, texture: bool = False) -> str:
-    """blue circle | small blue circle | small striped blue circle; "solid" is not said."""
-    words = [o.size] * size + [o.texture] * (texture and o.texture != "solid") + [o.colour, o.kind]
-    return " ".join(words)
 
 
 def refer(o: Object, scene: Scene) -> str:
@@ -81,11 +92,8 @@ def relation(a: Object, b: Object) -> str | None:
 
 
 def line_up(scene: Scene) -> str:
-    """The caption whose every word is decided by the picture (used as a question too)."""
+    """a red circle, a blue square and a white cross."""
     return join([with_article(name(o)) for o in scene.from_left()]) + "."
-
-
-LINE_UP = "from left to right:"
 
 
 def tally(scene: Scene) -> str:
@@ -102,42 +110,41 @@ def tally(scene: Scene) -> str:
 
 
 def caption(rng: random.Random, level: Level, scene: Scene) -> tuple[str, ...]:
-    """One true caption, in one or two text parts. Which template: those the scene allows, drawn by weight."""
-    size, texture = rng.random() < 0.5, len(level.textures) > 1 and rng.random() < 0.7
+    """A true caption, in one text or two: one of the templates that the scene allows."""
+    with_size, with_texture = rng.random() < 0.5, len(level.textures) > 1 and rng.random() < 0.7
+
+    def phrase(o: Object) -> str:
+        words = [o.size] * with_size + [o.texture] * (with_texture and o.texture != "solid") + [name(o)]
+        return with_article(" ".join(words))
+
     line = scene.from_left()
-    full = [with_article(describe(o, size, texture)) for o in line]
     if len(unique(scene)) < len(line):
-        there = "there are " if not tally(scene).startswith(("a ", "an ")) else "there is "
-        return (rng.choice(["", there]) + tally(scene) + ".",)
+        return (f"{tally(scene)}.",)
+    left, right = phrase(line[0]), phrase(line[-1])
     if len(line) == 1:
-        return (rng.choice([f"{full[0]}.", f"{full[0]} {place(line[0])}.", f"{place(line[0])} is {full[0]}."]),)
-    number = f"{NUMBERS[len(line)]} shapes: {join(full)}."
-    if not in_line(scene):
-        options = [number]
-    else:
-        options = [LINE_UP, LINE_UP, number]
-        right = f"{full[-1]} is on the right-hand side." if line[-1].x > 0.6 else None
-        left = f"{full[0]} is on the left-hand side." if line[0].x < 0.4 else None
-        if right and left:
-            middle = [f"in the middle is {full[1]}, "] if len(line) == 3 and 0.4 < line[1].x < 0.6 else []
-            if len(line) == 2 or middle:
-                options += ["sides", f"on the left is {full[0]}, {''.join(middle)}on the right is {full[-1]}."]
-            else:
-                options += ["sides"]
+        return (rng.choice([f"{left}.", f"{left} {place(line[0])}.", f"{place(line[0])} is {left}."]),)
+
+    number = f"{NUMBERS[len(line)]} shapes: {join([phrase(o) for o in line])}."
+    templates = [(number,)]
+    if in_line(scene):
+        templates += [(LINE_UP, line_up(scene))] * 2
+        if place(line[0]) == "on the left" and place(line[-1]) == "on the right":
+            templates += [(f"on the left-hand side is {left}.",), (f"on the right-hand side is {right}.",)]
+            if len(line) == 2:
+                templates.append((f"on the left is {left}, on the right is {right}.",))
+            elif len(line) == 3 and place(line[1]) == "in the middle":
+                middle = phrase(line[1])
+                templates.append((f"on the left is {left}, in the middle is {middle}, on the right is {right}.",))
     a, b = rng.sample(line, 2)
-    if relation(a, b):
-        pair = [with_article(describe(o, size, texture)) for o in (a, b)]
-        options += [f"{pair[0]} {relation(a, b)} {pair[1]}."] * 2
-    hidden = occluded_pair(scene)
+    related = relation(a, b)
+    if related:
+        templates += [(f"{phrase(a)} {related} {phrase(b)}.",)] * 2
+    hidden = None if level.slots else occluded_pair(scene)
     if hidden:
-        back, front = (with_article(describe(o, size, texture)) for o in hidden)
-        options += [f"{front} in front of {back}.", f"{back} behind {front}.", f"{back} is partly hidden by {front}."]
-    chosen = rng.choice(options)
-    if chosen == LINE_UP:
-        return LINE_UP, line_up(scene)
-    if chosen == "sides":
-        return (rng.choice([f"on the right-hand side is {full[-1]}.", f"on the left-hand side is {full[0]}."]),)
-    return (chosen,)
+        back, front = map(phrase, hidden)
+        templates += [(f"{front} in front of {back}.",), (f"{back} behind {front}.",)]
+        templates += [(f"{back} is partly hidden by {front}.",)]
+    return rng.choice(templates)
 
 
 def questions(rng: random.Random, level: Level, scene: Scene) -> list[Question]:
@@ -166,7 +173,7 @@ def questions(rng: random.Random, level: Level, scene: Scene) -> list[Question]:
             found.append(Question("top", "which one is at the top?", name(down[0])))
         if down[-1].y > 0.6 and down[-1].y - down[-2].y > 0.08:
             found.append(Question("bottom", "which one is at the bottom?", name(down[-1])))
-    hidden = occluded_pair(scene)
+    hidden = None if level.slots else occluded_pair(scene)
     if hidden:
         back, front = hidden
         found.append(Question("front", f"what is in front of the {name(back)}?", name(front)))
@@ -217,8 +224,3 @@ def retold(rng: random.Random, change: Change, before: Scene, first: bool) -> st
     return rng.choice(
         [f"now {a} is where {b} was.", f"{a} and {b} swapped places.", f"{b} is now in the place of {a}."]
     )
-
-
-def words(text: str) -> list[str]:
-    """The words and punctuation marks of a text; right-hand is three."""
-    return re.findall(r"\w+|[^\w\s]", text)

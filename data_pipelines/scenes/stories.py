@@ -9,15 +9,15 @@ text          no picture: imagined scenes with questions, changes told in words,
 import random
 
 from data_pipelines.scenes import language
+from data_pipelines.scenes.changes import CHANGES, Change, change
 from data_pipelines.scenes.language import NUMBERS, join, name, plural, refer, with_article
-from data_pipelines.scenes.scene import Change, Level, Scene, change, sample, sample_group, sample_occluded
+from data_pipelines.scenes.scene import Level, Pair, Scene, sample, sample_group, sample_occluded
 
 Story = tuple[str | Scene, ...]
-CHANGES = ("added", "removed", "recoloured", "moved", "swapped")
 WHAT_CHANGED = "what changed?"
 
 
-def some_scene(rng: random.Random, level: Level, first: tuple[str, str] | None = None) -> Scene:
+def some_scene(rng: random.Random, level: Level, first: Pair | None = None) -> Scene:
     """A scene of any sort the level has."""
     sort = rng.random()
     if not level.slots and sort < 0.2:
@@ -27,9 +27,7 @@ def some_scene(rng: random.Random, level: Level, first: tuple[str, str] | None =
     return sample(rng, level, first=first)
 
 
-def some_change(
-    rng: random.Random, level: Level, scene: Scene, pair: tuple[str, str] | None = None
-) -> tuple[Scene, Change]:
+def some_change(rng: random.Random, level: Level, scene: Scene, pair: Pair | None = None) -> tuple[Scene, Change]:
     """The scene after a change of a random kind among those possible in it."""
     for kind in rng.sample(CHANGES, len(CHANGES)):
         outcome = change(rng, level, scene, kind, pair)
@@ -129,7 +127,7 @@ def _sum(rng: random.Random, level: Level) -> str:
 
 def _fact(rng: random.Random, level: Level) -> str:
     kind = rng.choice(level.kinds)
-    colours = [c for c, k in level.pairs("seen") if k == kind]
+    colours = [c for c, k in level.seen if k == kind]
     number = rng.randint(1, 5)
     facts = [
         f"{with_article(kind)} is a shape.",
@@ -155,7 +153,7 @@ def question(rng: random.Random, level: Level, kind: str, combination: str) -> t
     The second value is what a guess among the objects in the picture has to choose from (0: does not apply).
     """
     while True:
-        pair = rng.choice(level.pairs(combination))
+        pair = rng.choice(level.held_out if combination == "held_out" else level.seen)
         if kind == "change":
             outcome = _changed(rng, level, pair)
             if outcome:
@@ -167,7 +165,7 @@ def question(rng: random.Random, level: Level, kind: str, combination: str) -> t
                 return (scene, q.text, q.answer), len(scene.objects) if kind in ("right", "left") else 0
 
 
-def _about(q: language.Question, pair: tuple[str, str]) -> bool:
+def _about(q: language.Question, pair: Pair) -> bool:
     colour, kind = pair
     if q.kind == "colour":
         return q.answer == colour and kind in q.text.split("?")[0].split()
@@ -178,7 +176,7 @@ def _about(q: language.Question, pair: tuple[str, str]) -> bool:
     return q.answer == f"{colour} {kind}"
 
 
-def _changed(rng: random.Random, level: Level, pair: tuple[str, str]) -> Story | None:
+def _changed(rng: random.Random, level: Level, pair: Pair) -> Story | None:
     """Two pictures between which something happens to the object of `pair`, or by which it comes to be."""
     kind = rng.choice(CHANGES)
     comes = kind in ("added", "recoloured")
