@@ -1,13 +1,14 @@
-"""Writes a corpus of scenes.
+"""Writes a corpus of scenes: three sources, questions with known answers, a tokenizer.
 
-python -m data_pipelines.scenes --output=ROOT --captions=N --interleaved=N --text=N --seed=0 --size=32 --level=quickstart
+python -m data_pipelines.scenes --output=ROOT [--captions=N --interleaved=N --text=N] [--seed=0] [--size=32] [--level=…]
 """
 
+import sys
 import time
 
 from absl import app, flags, logging
 
-from data_pipelines.scenes import corpus
+from data_pipelines.scenes import corpus, preview
 from data_pipelines.scenes.scene import LEVELS
 
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the datasets, the questions and the tokenizer", required=True)
@@ -21,24 +22,21 @@ _QUESTIONS = flags.DEFINE_integer("questions", 2400, "questions with known answe
 _SEED = flags.DEFINE_integer("seed", 0, "another seed, another corpus")
 _SIZE = flags.DEFINE_integer("size", 32, "pixels of an image, height and width", lower_bound=16)
 _LEVEL = flags.DEFINE_enum("level", "quickstart", list(LEVELS), "how rich the scenes and their language are")
+_PREVIEW = flags.DEFINE_string("preview", "", "also write a contact sheet of the first documents to this .png")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
     started = time.monotonic()
+    make = {"seed": _SEED.value, "level": _LEVEL.value, "size": _SIZE.value}
     counts = {"captions": _CAPTIONS.value, "interleaved": _INTERLEAVED.value, "text": _TEXT.value}
-    corpus.write(
-        _OUTPUT.value,
-        counts,
-        _HELD_OUT.value,
-        _QUESTIONS.value,
-        seed=_SEED.value,
-        level=_LEVEL.value,
-        size=_SIZE.value,
-    )
+    command = " ".join(["python -m data_pipelines.scenes", *sys.argv[1:]])
+    corpus.write(_OUTPUT.value, counts, _HELD_OUT.value, _QUESTIONS.value, command, **make)
     total = sum(counts.values()) + 3 * _HELD_OUT.value + _QUESTIONS.value
     logging.info("%d documents in %s, %.1f s", total, _OUTPUT.value, time.monotonic() - started)
+    if _PREVIEW.value:
+        preview.write(_PREVIEW.value, **make)
 
 
 if __name__ == "__main__":

@@ -53,19 +53,29 @@ def question(index: int, *, seed: int, level: str, size: int) -> Document:
 
 
 def write(
-    root: str, counts: dict[str, int], held_out: int, questions: int, *, seed: int, level: str, size: int
+    root: str,
+    counts: dict[str, int],
+    held_out: int,
+    questions: int,
+    command: str = "",
+    *,
+    seed: int,
+    level: str,
+    size: int,
 ) -> None:
     """Writes ROOT/<source> for each of `counts`, ROOT/questions and ROOT/tokenizer.json.
 
     `counts` are training documents by source; each source has `held_out` documents more in its held_out split.
+    `command` is kept on the datasets' cards.
     """
     make = {"seed": seed, "level": level, "size": size}
+    card = {"licence": "generated", "command": command}
     for source, count in counts.items():
-        with DatasetWriter(os.path.join(root, source), source) as writer:
+        with DatasetWriter(os.path.join(root, source), source, **card) as writer:
             for split, n in (("train", count), ("held_out", held_out)):
                 for i in range(n):
                     writer.add(document(source, split, i, **make), split)
-    with DatasetWriter(os.path.join(root, "questions"), "questions") as writer:
+    with DatasetWriter(os.path.join(root, "questions"), "questions", **card) as writer:
         for i in range(questions):
             writer.add(question(i, **make), "questions")
     tokenizer.train_words([" ".join(language.vocabulary(LEVELS[level]))], os.path.join(root, "tokenizer.json"))
