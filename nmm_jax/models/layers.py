@@ -1,0 +1,127 @@
+"""The decoder's parts: norms, rotary positions, SwiGLU, token and patch embeddings.
+
+A parameter carries the names of its axes in its metadata (`logical`); parallel/ maps the names to the device mesh.
+Parameters are float32 and are cast to the type of the computation where they are used.
+
+Letters in shapes: B rows, S positions, D width, H heads, G key-value heads, K head dimension, F feed-forward width,
+V vocabulary, I images of a row, P patches of an image.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, UInt8
+
+from nmm_jax.models.initializers import Role, initialize
+from nmm_jax.models.spec import Spec
+
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]  # lays an array out over the mesh by its axes' names
+
+
+def weight(
+    spec: Spec, rngs: nnx.Rngs, axes: dict[str, int], *, role: Role, inputs: int, layer: Array | int = 0
+) -> nnx.Param:
+    """A matrix with named axes; the first (or the first two) of them, `inputs` values in all, are summed over."""
+    shape = tuple(axes.values())
+    return nnx.Param(
+        initialize(spec, rngs.params(), shape, role=role, fan_in=inputs, layer=layer), logical=tuple(axes)
+    )
+
+
+class Norm(nnx.Module):
+    """RMSNorm, or LayerNorm without bias, computed in float32 over the last axes, as many as `scale` has."""
+
+    def __init__(self, spec: Spec, shape: tuple[int, ...], logical: tuple[str | None, ...]):
+        self.centred = spec.norm == "layernorm"
+        self.eps = spec.norm_eps
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        scale = self.scale[...]
+        axes = tuple(range(-scale.ndim, 0))
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - y.mean(axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def rotary_tables(
+    positions: Int[Array, "B S"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B S 1 K/2"], Float[Array, "B S 1 K/2"]]:
+    """Cosines and sines, float32, of position * theta^(-2j / K) (Su et al., arXiv 2104.09864)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "B S H K"]:
+    """Turns the pairs (x[j], x[j + K/2]): the half-split order of Hugging Face's Llama."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, spec: Spec, layer: Array | int, *, rngs: nnx.Rngs):
+        d, f = spec.width, spec.ffn_width
+        self.gate = weight(spec, rngs, {"embed": d, "mlp": f}, role="inner", inputs=d)
+        self.up = weight(spec, rngs, {"embed": d, "mlp": f}, role="inner", inputs=d)
+        self.down = weight(spec, rngs, {"mlp": f, "embed": d}, role="residual", inputs=f, layer=layer)
+
+    def __call__(self, x: Float[Array, "B S D"], constrain: Constrain) -> Float[Array, "B S D"]:
+        gate = checkpoint_name(x @ self.gate[...].astype(x.dtype), "ffn_gate")
+        up = checkpoint_name(x @ self.up[...].astype(x.dtype), "ffn_up")
+        inner = constrain(jax.nn.silu(gate) * up, ("batch", "sequence", "mlp_act"))
+        return inner @ self.down[...].astype(x.dtype)
+
+
+class TokenEmbedding(nnx.Module):
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
+        axes = {"vocab": spec.vocab_size, "embed": spec.width}
+        self.tokens = weight(spec, rngs, axes, role="embedding", inputs=1)
+
+    def __call__(self, tokens: Int[Array, "B S"], constrain: Constrain) -> Float[Array, "B S D"]:
+        """Float32 rows of the table: so a frequent token's gradient is summed in float32 whatever the compute type."""
+        table = constrain(self.tokens[...], ("vocab", None))  # gathered over the embed axis before it is looked up
+        return table[tokens]
+
+
+class PatchEmbedding(nnx.Module):
+    """One linear layer from a patch's normalised pixels to the decoder's width, and perhaps a learned position."""
+
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        pixels = 3 * spec.patch**2
+        self.kernel = weight(spec, rngs, {"patch": pixels, "embed": spec.width}, role="inner", inputs=pixels)
+        self.bias = nnx.Param(jnp.zeros((spec.width,), jnp.float32), logical=("embed",))
+        if spec.patch_positions:
+            table = 0.02 * jax.random.normal(rngs.params(), (spec.patch_positions, spec.width), jnp.float32)
+            self.patch_positions = nnx.Param(table, logical=(None, "embed"))
+
+    def __call__(
+        self, images: UInt8[Array, "B I height width 3"], dtype: jnp.dtype, constrain: Constrain
+    ) -> Float[Array, "B I*P D"]:
+        """All patches of a row's image slots, in reading order."""
+        spec = self.spec
+        pixels = images.astype(jnp.float32) / 255
+        pixels = (pixels - jnp.array(spec.pixel_mean)) / jnp.array(spec.pixel_std)
+        patches = constrain(patchify(pixels.astype(dtype), spec.patch), ("batch", None, None, None))
+        embedded = patches @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
+        if spec.patch_positions:
+            embedded = embedded + self.patch_positions[...].astype(dtype)
+        b, i, p, d = embedded.shape
+        return embedded.reshape(b, i * p, d)
+
+
+def patchify(images: Float[Array, "B I height width 3"], patch: int) -> Float[Array, "B I P patch*patch*3"]:
+    """Cuts images into squares in reading order; a patch's values are ordered (row, column, colour)."""
+    b, i, height, width, colours = images.shape
+    rows, columns = height // patch, width // patch
+    squares = images.reshape(b, i, rows, patch, columns, patch, colours).swapaxes(3, 4)
+    return squares.reshape(b, i, rows * columns, patch * patch * colours)

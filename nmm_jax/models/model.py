@@ -1,0 +1,108 @@
+"""A model as pure functions of a pytree of parameters: what training, evaluation and checkpoints see of it.
+
+NNX describes the network; here it is split into a static definition and a pure dict of arrays. Parameters of the
+layers are stacked on their first axis:
+
+    embed/tokens [V,D]   patches/{kernel [patch*patch*3,D], bias [D], patch_positions [P,D]}
+    layers/attention/{query,key,value,out,...}, layers/ffn/{gate,up,down}, layers/*_norm/scale   final_norm/scale [D]
+    head/kernel [D,V] (absent when embeddings are tied)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from nmm_jax.models.early_fusion import Cache, EarlyFusion
+from nmm_jax.models.layers import Constrain
+from nmm_jax.models.spec import Spec
+
+Params = dict[str, Any]
+
+
+def anywhere(x: Array, logical_axes: tuple[str | None, ...]) -> Array:
+    """The `constrain` of a model on one device: leaves layout to XLA."""
+    del logical_axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """Static: holds no arrays, compares by identity, may be closed over by a jitted function."""
+
+    config: ConfigDict
+    spec: Spec
+    definition: nnx.GraphDef
+    abstract: Params  # of jax.ShapeDtypeStruct, float32
+    logical_axes: Params  # the same tree; each leaf is the tuple of its axes' names
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh float32 parameters. Jit it with out_shardings to create every shard in its place."""
+        _, state = nnx.split(EarlyFusion(self.spec, rngs=nnx.Rngs(params=key)), nnx.Param)
+        return nnx.to_pure_dict(state)
+
+    def hidden(
+        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = anywhere
+    ) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
+        """Last hidden states of a packed batch, in the compute type, and auxiliary losses by name.
+
+        Args:
+          batch: tokens, segment_ids, attend_until, positions, image_index [B,S] and images [B,I,height,width,3] uint8.
+          constrain: lays activations out over the mesh, given the names of their axes.
+        """
+        x, _ = self._network(params)(batch, constrain)
+        return x, {}
+
+    def unembedding(self, params: Params) -> Float[Array, "D V"]:
+        """The float32 matrix from hidden states to logits."""
+        return params["embed"]["tokens"].T if self.spec.tie_embeddings else params["head"]["kernel"]
+
+    def prefill(
+        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = anywhere
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Hidden states of prompts, and the cache to go on from.
+
+        Each row holds one document from its first position on, with padding behind; generated tokens take the
+        padding's place, so a row has room for S positions in all.
+
+        Returns:
+          Hidden states, and a cache of {"key", "value": [L,B,S,G,K], "rotary_offset": [B]}; the last is what a row's
+          rotary positions lag behind its places (nothing, unless the patches of an image share one).
+        """
+        hidden, (keys, values) = self._network(params)(batch, constrain, keep_cache=True)
+        last = jnp.maximum((batch["segment_ids"] == 1).sum(1) - 1, 0)
+        rotary = jnp.take_along_axis(batch["positions"], last[:, None], axis=1)[:, 0]
+        return hidden, {"key": keys, "value": values, "rotary_offset": rotary - last}
+
+    def decode(
+        self,
+        params: Params,
+        token: Int[Array, "B"],
+        position: Int[Array, "B"],
+        cache: Cache,
+        *,
+        constrain: Constrain = anywhere,
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Hidden states after one more text token a row, at place `position` of it (from 0), and the renewed cache."""
+        return self._network(params).decode(token, position, cache, constrain)
+
+    def _network(self, params: Params) -> EarlyFusion:
+        return nnx.merge(self.definition, params)
+
+
+def build(config: ConfigDict) -> Model:
+    """The model a config describes, without allocating any of it."""
+    spec = Spec.from_config(config)
+    network = nnx.eval_shape(lambda: EarlyFusion(spec, rngs=nnx.Rngs(params=0)))
+    definition, state, rest = nnx.split(network, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise TypeError(f"a model's state is its parameters alone; found also {rest}")
+    abstract = nnx.to_pure_dict(state)
+    axes = jax.tree.map(
+        lambda param: param.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    return Model(config, spec, definition, abstract, nnx.to_pure_dict(axes))
