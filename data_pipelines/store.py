@@ -236,11 +236,11 @@ class DatasetFolder:
     def __init__(self, folder: str | os.PathLike, overwrite: bool = False):
         self.final = pathlib.Path(folder).absolute()
         self.path = incomplete(self.final)
+        if self.final.exists() and not (self.final / CARD).exists():
+            raise FileExistsError(f"{self.final} exists and is no dataset (it has no {CARD}); choose another --output")
         for path, what in ((self.final, "already exists"), (self.path, "is left from, or in use by, another run")):
             if path.exists() and not overwrite:
-                raise FileExistsError(f"{path} {what}; choose another --output or pass --overwrite to replace it")
-            if path.exists() and any(path.iterdir()) and path == self.final and not (path / CARD).exists():
-                raise FileExistsError(f"{path} is no dataset (it has no {CARD}) and is not overwritten; remove it first")
+                raise FileExistsError(f"{path} {what}; choose another --output, or replace it with --overwrite")
 
     def __enter__(self) -> "DatasetFolder":
         if self.path.exists():
