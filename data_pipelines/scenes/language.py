@@ -75,6 +75,21 @@ def place(o: Object) -> str:
     return "on the left" if o.x < 0.4 else "on the right" if o.x > 0.6 else "in the middle"
 
 
+def outermost(scene: Scene) -> dict[str, Object]:
+    """left, right, top, bottom -> the object there; only sides of the picture where one of several plainly stands."""
+    found = {}
+    if len(scene.objects) > 1:
+        for axis, (low, high) in {"x": ("left", "right"), "y": ("top", "bottom")}.items():
+            ordered = sorted(scene.objects, key=lambda o: getattr(o, axis))
+            at = [getattr(o, axis) for o in ordered]
+            # 0.12 is more than radii differ, so that the outermost centre is the outermost edge as well.
+            if at[0] < 0.4 and at[1] - at[0] > 0.12:
+                found[low] = ordered[0]
+            if at[-1] > 0.6 and at[-1] - at[-2] > 0.12:
+                found[high] = ordered[-1]
+    return found
+
+
 def in_line(scene: Scene) -> bool:
     """Whether the order from left to right is plain: no two objects stand nearly above each other."""
     line = scene.from_left()
@@ -163,16 +178,11 @@ def questions(rng: random.Random, level: Level, scene: Scene) -> list[Question]:
         kind = rng.choice(level.kinds) if rng.random() < 0.2 else rng.choice(line).kind
         count = sum(o.kind == kind for o in line)
         found.append(Question("count", f"how many {plural(kind)} are there?", NUMBERS[count]))
-    if len(line) > 1 and line[-1].x > 0.6 and line[-1].x - line[-2].x > 0.08:
-        found.append(Question("right", "which one is on the right-hand side?", name(line[-1])))
-    if len(line) > 1 and line[0].x < 0.4 and line[1].x - line[0].x > 0.08:
-        found.append(Question("left", "which one is on the left-hand side?", name(line[0])))
-    if not level.slots and len(line) > 1:
-        down = sorted(scene.objects, key=lambda o: o.y)
-        if down[0].y < 0.4 and down[1].y - down[0].y > 0.08:
-            found.append(Question("top", "which one is at the top?", name(down[0])))
-        if down[-1].y > 0.6 and down[-1].y - down[-2].y > 0.08:
-            found.append(Question("bottom", "which one is at the bottom?", name(down[-1])))
+    for side, o in outermost(scene).items():
+        if side in ("left", "right"):
+            found.append(Question(side, f"which one is on the {side}-hand side?", name(o)))
+        elif not level.slots:
+            found.append(Question(side, f"which one is at the {side}?", name(o)))
     hidden = None if level.slots else occluded_pair(scene)
     if hidden:
         back, front = hidden

@@ -192,7 +192,10 @@ def sample_group(rng: random.Random, level: Level, first: Pair | None = None) ->
 
 def sample_occluded(rng: random.Random, level: Level, first: Pair | None = None) -> Scene:
     """Two large objects, the second partly in front of the first, and perhaps others beside them."""
-    pairs = _pick_pairs(rng, level, rng.randint(2, level.most - 2), first)
+    count = rng.randint(2, level.most - 2)
+    pairs = _pick_pairs(rng, level, count, first)
+    while pairs[0][0] == pairs[1][0]:  # of one colour, they would be one shape to the eye
+        pairs = _pick_pairs(rng, level, count, first)
     if rng.random() < 0.5:
         pairs[:2] = pairs[1::-1]
     radius = level.sizes["large"]

@@ -61,10 +61,9 @@ def interleaved(rng: random.Random, level: Level) -> Story:
             ("how many shapes were in the first picture?", NUMBERS[len(first.objects)]),
             ("how many shapes are there now?", NUMBERS[len(last.objects)]),
         ]
-        if len(first.objects) > 1:
-            line = first.from_left()
-            asked.append(("which one was on the right-hand side in the first picture?", name(line[-1])))
-            asked.append(("which one was on the left-hand side in the first picture?", name(line[0])))
+        for side, o in language.outermost(first).items():
+            if side in ("left", "right"):
+                asked.append((f"which one was on the {side}-hand side in the first picture?", name(o)))
         parts += rng.choice(asked)
     return tuple(parts)
 
@@ -147,32 +146,37 @@ def text(rng: random.Random, level: Level) -> Story:
 
 
 def question(rng: random.Random, level: Level, kind: str, combination: str) -> tuple[Story, int]:
-    """A question of `kind` whose answer is about a pair of `combination` -> (story, how many answers were open).
+    """A question of `kind` about a pair of `combination`, "seen" or "held_out" -> (story, choices).
 
-    The story is pictures, question, answer. The number of objects is uniform, so that no count is commoner.
-    The second value is what a guess among the objects in the picture has to choose from (0: does not apply).
+    The story is one or two pictures, the question, the answer. Answers are drawn evenly: any number, any pair.
+    `choices` is how many objects a guesser who sees all but their places would choose from, for left, right, top
+    and bottom; else 0.
     """
+    pairs = level.held_out if combination == "held_out" else level.seen
+    wanted = rng.choice(NUMBERS[1 if level.slots else 0 : level.most + 1])  # if it is a count
     while True:
-        pair = rng.choice(level.held_out if combination == "held_out" else level.seen)
+        pair = rng.choice(pairs)
         if kind == "change":
-            outcome = _changed(rng, level, pair)
-            if outcome:
-                return outcome, 0
+            story = _changed(rng, level, pair)
+            if story:
+                return story, 0
             continue
         scene = some_scene(rng, level, first=pair)
         for q in language.questions(rng, level, scene):
-            if q.kind == kind and _about(q, pair):
-                return (scene, q.text, q.answer), len(scene.objects) if kind in ("right", "left") else 0
+            if q.kind == kind and _is_about(q, pair, wanted):
+                choices = len(scene.objects) if kind in ("left", "right", "top", "bottom") else 0
+                return (scene, q.text, q.answer), choices
 
 
-def _about(q: language.Question, pair: Pair) -> bool:
+def _is_about(q: language.Question, pair: Pair, wanted: str) -> bool:
+    """Whether the answer needs the object of the pair (a count or a caption: the scene has it anyway)."""
     colour, kind = pair
-    if q.kind == "colour":
-        return q.answer == colour and kind in q.text.split("?")[0].split()
-    if q.kind == "texture":
-        return kind in q.text.split()
-    if q.kind in ("count", "caption"):
+    if q.kind == "count":
+        return q.answer == wanted
+    if q.kind == "caption":
         return True
+    if q.kind in ("colour", "texture"):
+        return f"the {kind}" in q.text
     return q.answer == f"{colour} {kind}"
 
 
