@@ -1,9 +1,11 @@
 """How weights begin: one scheme per code base that the paper builds on, chosen by `model.init`.
 
-    scheme                embeddings        matrices                              into the residual stream  head
-    fan_in_depth_scaled   U(-0.1, 0.1)      truncated normal, variance 1 / ((1 + depth) fan_in), everywhere
-    open_lm               std width^-1/2    std fan_in^-1/2                       / sqrt(2 (layer + 1))     std width^-1/2
-    normal                std 0.02          std 0.02                              / sqrt(2 depth)           std 0.02
+    scheme                embeddings      matrices          added to the residual stream   head
+    fan_in_depth_scaled   U(-0.1, 0.1)    truncated normal of variance 1 / ((1 + depth) fan_in), all of them
+    open_lm               width^-1/2      fan_in^-1/2       / sqrt(2 (layer + 1))          width^-1/2
+    normal                0.02            0.02              / sqrt(2 depth)                0.02
+
+(standard deviations, where nothing else is said)
 
 The first is ml-l3m's (Shukor et al. 2025, arXiv 2504.07951), the second open_lm's (DCLM), its normals cut at three
 standard deviations, the third GPT-2's. A truncated normal here has the standard deviation named before its cut, as

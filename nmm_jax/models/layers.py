@@ -26,9 +26,7 @@ def weight(
 ) -> nnx.Param:
     """A matrix with named axes; the first (or the first two) of them, `inputs` values in all, are summed over."""
     shape = tuple(axes.values())
-    return nnx.Param(
-        initialize(spec, rngs.params(), shape, role=role, fan_in=inputs, layer=layer), logical=tuple(axes)
-    )
+    return nnx.Param(initialize(spec, rngs.params(), shape, role=role, fan_in=inputs, layer=layer), logical=tuple(axes))
 
 
 class Norm(nnx.Module):

@@ -1,0 +1,126 @@
+"""Parameters, FLOPs and memory of a config, by arithmetic: no array is made and nothing is compiled.
+
+FLOPs are those that the mathematics needs: two for each multiply-add of a matrix product, three times the forward
+pass for training, attention over the keys that the mask lets through, nothing for norms and activations, nothing for
+what rematerialisation computes again. (XLA's own analysis does not multiply loop bodies.)
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from nmm_jax.models.spec import Spec
+
+FLOAT32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a model is made of.
+
+    Attributes:
+      parts: parameters by part of the network; they sum to `parameters`.
+      active_parameters: those that one position meets; all of them in a dense model.
+      paper_parameters: N as Shukor et al. (arXiv 2504.07951) count it: the decoder's matrices and both embedding
+        matrices. (Tied embeddings are one matrix and count once.)
+      product_parameters: those that are multiplied with every position: the decoder's matrices and the unembedding.
+      patch_parameters: those that are multiplied with every patch.
+      flops_per_pair: forward FLOPs of one query seeing one key, in all heads and layers.
+    """
+
+    parts: dict[str, int]
+    active_parameters: int
+    paper_parameters: int
+    product_parameters: int
+    patch_parameters: int
+    flops_per_pair: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts.values())
+
+    def forward_flops(self, tokens: float, pairs: float, patches: float) -> float:
+        """FLOPs of a forward pass.
+
+        Args:
+          tokens: positions, of text and of images, without padding.
+          pairs: (query, key) pairs that attention needs (`attended_pairs`).
+          patches: image positions among the tokens.
+        """
+        return 2 * self.product_parameters * tokens + self.flops_per_pair * pairs + 2 * self.patch_parameters * patches
+
+    def training_flops(self, tokens: float, pairs: float, patches: float) -> float:
+        """FLOPs of forward and backward pass; pixels need no gradient, so patches count twice, all else three times."""
+        return 3 * self.forward_flops(tokens, pairs, patches) - 2 * self.patch_parameters * patches
+
+
+def count(config: ConfigDict) -> Counts:
+    """Counts the model of a config."""
+    spec = Spec.from_config(config)
+    d, layers = spec.width, spec.depth
+    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    qk_scales = {"none": 0, "full": query_width + key_width, "head": 2 * spec.head_dim}[spec.qk_norm]
+    embedding = spec.vocab_size * d
+    head = 0 if spec.tie_embeddings else embedding
+    patch_kernel = 3 * spec.patch**2 * d
+    attention = layers * 2 * d * (query_width + key_width)
+    ffn = layers * 3 * d * spec.ffn_width
+    parts = {
+        "token_embedding": embedding,
+        "patch_embedding": patch_kernel + d + spec.patch_positions * d,
+        "attention": attention,
+        "ffn": ffn,
+        "norms": layers * (2 * d + qk_scales) + d,
+        "head": head,
+    }
+    return Counts(
+        parts=parts,
+        active_parameters=sum(parts.values()),
+        paper_parameters=attention + ffn + embedding + head,
+        product_parameters=attention + ffn + embedding,  # the unembedding, tied or not
+        patch_parameters=patch_kernel,
+        flops_per_pair=layers * 2 * 2 * query_width,  # q k and weights v
+    )
+
+
+def causal_keys(row_length: int) -> float:
+    """Mean number of keys a query sees when a row is one causal document."""
+    return (row_length + 1) / 2
+
+
+def attended_pairs(segment_ids: Int[np.ndarray, "B S"], attend_until: Int[np.ndarray, "B S"]) -> int:
+    """(query, key) pairs that attention over packed rows needs: keys of the query's segment before attend_until.
+
+    Padding (segment 0) counts for nothing. A segment is contiguous in its row.
+    """
+    place = np.arange(segment_ids.shape[1])
+    edge = np.diff(segment_ids, axis=1) != 0
+    first = np.maximum.accumulate(np.where(np.pad(edge, ((0, 0), (1, 0))), place, 0), axis=1)
+    beyond_last = np.where(np.pad(edge, ((0, 0), (0, 1))), place + 1, place.size)
+    end = np.minimum.accumulate(beyond_last[:, ::-1], axis=1)[:, ::-1]
+    seen = np.minimum(attend_until, end) - first
+    return int(np.where(segment_ids > 0, np.maximum(seen, 0), 0).sum())
+
+
+def memory(config: ConfigDict) -> dict[str, int]:
+    """Bytes in all devices together while a step runs, by part; "activations" is an estimate.
+
+    It holds what layers keep for the backward pass of one microbatch under the config's remat policy. Not in it: one
+    layer's workspace, a chunk of logits, and parameters gathered for use.
+    """
+    spec, n = Spec.from_config(config), count(config).parameters
+    d, f = spec.width, spec.ffn_width
+    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    named = 2 * query_width + 2 * key_width + 2 * f  # the values that models.decoder.KEPT names
+    kept = {"full": d, "minimal": d + named, "none": d + named + 2 * d + query_width + key_width + f}[spec.remat]
+    rows = math.ceil(config.batch_rows / config.gradient_accumulation)
+    element = {"float32": 4, "bfloat16": 2}[spec.dtype]
+    return {
+        "parameters": FLOAT32 * n,
+        "optimizer": 2 * FLOAT32 * n,  # Adam's two moments
+        "gradients": FLOAT32 * n,
+        "activations": rows * config.row_length * spec.depth * kept * element,
+    }
