@@ -268,9 +268,9 @@ class DatasetFolder:
     ) -> dict:
         """Numbers the shards, writes the card, and gives the folder its name. Returns the card."""
         splits = {}
-        for split in sorted(shards):
+        for split in sorted(shards) or [TRAIN]:
             named = []
-            for k, shard in enumerate(shards[split]):
+            for k, shard in enumerate(shards.get(split, ())):
                 file = f"{split}-{k:05d}-of-{len(shards[split]):05d}.array_record"
                 os.rename(self.path / shard.file, self.path / file)
                 named.append(dataclasses.replace(shard, file=file))
