@@ -276,6 +276,7 @@ def _validate_training(config: ConfigDict) -> None:
     optimizer, schedule = config.optimizer, config.schedule
     for key in ("beta1", "beta2"):
         _require(0 <= optimizer[key] < 1, f"optimizer.{key} = {optimizer[key]}; it must be from 0 to below 1")
+    _require(optimizer.learning_rate > 0, "optimizer.learning_rate must be positive; weight decay is relative to it")
     _require(optimizer.eps > 0, f"optimizer.eps = {optimizer.eps}; it must be positive")
     _require(
         schedule.final_ratio <= 1,

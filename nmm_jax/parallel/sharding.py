@@ -1,0 +1,96 @@
+"""Where each array lives: the logical names of its axes, mapped to the axes of the mesh."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nmm_jax.parallel.mesh import BATCH_AXES
+
+# Logical axis -> mesh axes. Parameters: a matrix is cut over `fsdp` along the model's width and over `tensor` along
+# its other side (Megatron), so a layer's parameters are gathered over fsdp and its activations summed over tensor.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "patch": None,
+    # activations
+    "batch": BATCH_AXES,
+    "sequence": None,
+    "embed_act": None,
+    "heads_act": "tensor",
+    "mlp_act": "tensor",
+}
+
+# What a user changes when an axis does not divide.
+_KEYS = {
+    "vocab": "model.vocab_size",
+    "embed": "model.width",
+    "heads": "model.heads",
+    "kv_heads": "model.kv_heads",
+    "mlp": "model.ffn_width",
+}
+
+Axes = tuple[str | None, ...]
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """("embed", "mlp") -> P("fsdp", "tensor").
+
+    Raises:
+      ValueError: a name has no rule.
+    """
+    unknown = [a for a in axes if a not in RULES]
+    if unknown:
+        raise ValueError(f"logical axes {axes}: {unknown} have no rule in nmm_jax/parallel/sharding.py")
+    return PartitionSpec(*(RULES[a] for a in axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes of the mesh; everything else whole."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each parameter.
+
+    Args:
+      abstract: pytree of ShapeDtypeStruct (`model.abstract`).
+      logical_axes: the same tree with a tuple of names for each (`model.logical_axes`).
+
+    Raises:
+      ValueError: a dimension does not divide over its mesh axis; names the parameter, the config key and the axis.
+    """
+
+    def one(path: Sequence[Any], array: jax.ShapeDtypeStruct, axes: Axes) -> NamedSharding:
+        for size, name in zip(array.shape, axes, strict=True):
+            axis = RULES.get(name)
+            if isinstance(axis, str) and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} {array.shape}: its axis "
+                    f"{name!r} of size {size} does not divide over mesh.{axis} = {mesh.shape[axis]}; change "
+                    f"{_KEYS.get(str(name), name)} or mesh.{axis}"
+                )
+        return NamedSharding(mesh, spec(axes))
+
+    return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
+    """`constrain(x, ("batch", "sequence", "embed_act"))`, what a model calls on its activations."""
+
+    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+
+    return constrain

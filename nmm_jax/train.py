@@ -1,0 +1,189 @@
+"""Trains a model, or goes on with it: the same command restarts a run from its last checkpoint, to the bit.
+
+    python -m nmm_jax.train --config=configs/small.py --config.data.root=data --workdir=runs/small
+
+A cooldown of any checkpoint of another run (a trunk, trained with schedule.cooldown = 0):
+
+    python -m nmm_jax.train --config=configs/small.py --workdir=runs/cooled \\
+        --config.trunk.workdir=runs/small --config.trunk.step=1000 --config.steps=1200 --config.schedule.cooldown=200
+
+Batch t is rows [t * batch_rows, (t + 1) * batch_rows) of the stream, so the step is the whole position in the data.
+"""
+
+import collections
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from configs import loading
+from data_pipelines.loader import batches
+from data_pipelines.plan import ensure_plans
+from data_pipelines.rows import Geometry, batch_spec
+from data_pipelines.stream import Stream
+from nmm_jax import models
+from nmm_jax.parallel import processes
+from nmm_jax.parallel.batches import local_rows, to_global
+from nmm_jax.parallel.chips import peak_flops
+from nmm_jax.parallel.mesh import check_rows, make_mesh
+from nmm_jax.parallel.sharding import batch_sharding
+from nmm_jax.scaling.counting import count
+from nmm_jax.training import compatibility, metrics, preemption
+from nmm_jax.training.checkpoints import Checkpoints
+from nmm_jax.training.optimizer import make_optimizer
+from nmm_jax.training.progress import Progress
+from nmm_jax.training.state import State, abstract_state, initial_state
+from nmm_jax.training.step import jit_step
+
+AHEAD = 2  # steps that are queued on the devices while the host reads the metrics of the one before them
+
+
+def train(config: ConfigDict, workdir: str) -> bool:
+    """Trains until `config.steps`; False if SIGTERM ended it before, after saving a checkpoint."""
+    chief = jax.process_index() == 0
+    folder = pathlib.Path(workdir)
+    mesh = make_mesh(config)
+    check_rows(config, mesh)
+    if chief:
+        folder.mkdir(parents=True, exist_ok=True)
+        ensure_plans(config, "train")
+    multihost_utils.sync_global_devices("plans are made")
+    stream = Stream.open(config, "train")
+
+    model = models.build(config)
+    optimizer = make_optimizer(config)
+    abstract = abstract_state(model, optimizer, mesh)
+    keep = config.checkpoint
+    checkpoints = Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every)
+    state, meta = _restore(config, checkpoints, stream, abstract)
+    if state is None:
+        state = initial_state(model, optimizer, mesh, config.seed)
+    start = meta["step"]
+    seen = metrics.Seen.from_meta(meta["seen"], config.data.sources)
+    if start >= config.steps:
+        logging.info("%s is at step %d of %d: there is nothing to do", workdir, start, config.steps)
+        checkpoints.close()
+        return True
+
+    writer = progress = None
+    if chief:
+        _write_atomically(folder / "config.json", loading.to_json(config))
+        writer = metrics.Writer(folder, start, config.log.tensorboard)
+        progress = Progress(start, config.steps) if config.log.progress else None
+
+    began = time.perf_counter()
+    step_fn = jit_step(model, optimizer, config, mesh).lower(abstract, _abstract_batch(config, mesh)).compile()
+    logging.info("compiled in %.1f s", time.perf_counter() - began)
+
+    flops = count(config)
+    peak = peak_flops(jax.devices()[0])
+    speed = metrics.Speed(flops.training_per_token, flops.training_per_pair, peak and peak * mesh.size)
+    in_flight: collections.deque[tuple[int, Any, float]] = collections.deque()
+
+    def settle(ahead: int) -> None:
+        """Reads the metrics of all but the last `ahead` steps; they were sent to the host when they were made."""
+        while len(in_flight) > ahead:
+            step, values, data_wait = in_flight.popleft()
+            values = jax.device_get(values)
+            metrics.check_finite(step, values)
+            seen.add(values)
+            speed.add(values, data_wait)
+            if step % config.log.every == 0 or step in (1, config.steps):
+                logged = metrics.line(step, values, seen, speed.take())
+                if writer:
+                    writer.write(logged)
+                if progress:
+                    progress.show(logged)
+
+    def save(step: int, state: State) -> None:
+        settle(0)  # a checkpoint comes after its metrics, and no checkpoint comes after a loss that is not finite
+        data = {"config": loading.to_json(config), "data": stream.fingerprints, "seen": seen.to_meta()}
+        checkpoints.save(step, state, data)
+
+    stop = preemption.Preemption()
+    stopped = False
+    rows = local_rows(mesh, config.batch_rows)
+    c = config.data
+    local = batches(stream, rows, config.batch_rows, start, c.workers, c.worker_kind, c.prefetch)
+    with jax.transfer_guard("disallow"):
+        for step in range(start + 1, config.steps + 1):
+            _profile(config, folder, step)
+            asked = time.perf_counter()
+            batch = next(local)
+            data_wait = time.perf_counter() - asked
+            state, values = step_fn(state, to_global(batch, mesh, config.batch_rows))
+            jax.tree.map(lambda x: x.copy_to_host_async(), values)
+            in_flight.append((step, values, data_wait))
+            settle(AHEAD)
+            stopped = stop.reached(step) and step < config.steps
+            if stopped or step % keep.every == 0 or step == config.steps:
+                save(step, state)
+            if stopped:
+                logging.warning("SIGTERM: saved step %d; the same command goes on from there", step)
+                break
+    local.close()
+    checkpoints.close()
+    if writer:
+        writer.close()
+    if progress:
+        progress.close()
+    return not stopped
+
+
+def _restore(
+    config: ConfigDict, checkpoints: Checkpoints, stream: Stream, abstract: State
+) -> tuple[State | None, dict[str, Any]]:
+    """State and meta of where this run begins: its own last checkpoint, its trunk's, or none."""
+    if checkpoints.steps():
+        step = None
+    elif config.trunk.workdir:
+        checkpoints = Checkpoints(config.trunk.workdir, read_only=True)
+        step = None if config.trunk.step == -1 else config.trunk.step
+    else:
+        return None, {"step": 0, "seen": metrics.Seen.nothing(config.data.sources).to_meta()}
+    meta = checkpoints.meta(step)
+    path = checkpoints.path(meta["step"])
+    for difference in compatibility.check(meta, config, stream.fingerprints, str(path)):
+        logging.warning("going on from %s: %s", path, difference)
+    state, meta = checkpoints.restore(meta["step"], abstract)
+    logging.info("going on from %s", path)
+    return state, meta
+
+
+def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(mesh)
+    spec = batch_spec(Geometry.from_config(config), config.batch_rows)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in spec.items()}
+
+
+def _profile(config: ConfigDict, folder: pathlib.Path, step: int) -> None:
+    """A trace of steps [start, start + steps) of config.profile, in workdir/profile."""
+    start, steps = config.profile.start, config.profile.steps
+    if steps and step == start:
+        jax.profiler.start_trace(str(folder / "profile"))
+    if steps and step == start + steps:
+        jax.profiler.stop_trace()
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    CONFIG = loading.define_config_flag()
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+
+    def main(_: list[str]) -> None:
+        processes.initialize()
+        if not train(CONFIG.value, WORKDIR.value):
+            sys.exit(preemption.EXIT_CODE)
+
+    app.run(main)

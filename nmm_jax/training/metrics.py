@@ -1,0 +1,164 @@
+"""metrics.jsonl, the run's numbers: one line a logged step, and TensorBoard beside it.
+
+    {"step": 20, "loss": 5.1, "loss/captions": 4.9, "learning_rate": 0.001, ..., "tokens": 81920, "time/step": 0.1}
+
+Keys that start with `time/`, `speed/` or `memory/` depend on the machine; all others are the same to the bit
+whenever the same run is repeated or goes on from a checkpoint. After a restart the file tells the surviving
+trajectory: lines after the restored step, and a torn last line, are dropped first.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+Fetched = Mapping[str, np.ndarray]  # a step's metrics (training/step.py) on the host
+
+
+class Diverged(RuntimeError):
+    """The loss, a gradient or a parameter is no finite number any more."""
+
+
+def check_finite(step: int, metrics: Fetched) -> None:
+    """Raises Diverged if step number `step` ended in numbers that no later step can recover from."""
+    for name in ("loss", "grad_norm", "param_norm"):
+        if not math.isfinite(metrics[name]):
+            raise Diverged(
+                f"{name} is {metrics[name]} at step {step}. Checkpoints are from before it. Restart with a lower "
+                "optimizer.learning_rate, a longer schedule.warmup or a smaller optimizer.clip_norm; "
+                "model.qk_norm and optimizer.z_loss help where it comes back"
+            )
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the run has been trained on so far, in exact integers."""
+
+    tokens: dict[str, int]  # real positions by source
+    images: int = 0
+
+    @classmethod
+    def nothing(cls, sources: Sequence[str]) -> "Seen":
+        return cls(dict.fromkeys(sources, 0))
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any], sources: Sequence[str]) -> "Seen":
+        return cls({s: meta["tokens"].get(s, 0) for s in sources}, meta["images"])
+
+    def to_meta(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def add(self, metrics: Fetched) -> None:
+        for source, count in zip(self.tokens, metrics["tokens_by_source"], strict=True):
+            self.tokens[source] += int(count)
+        self.images += int(metrics["images"])
+
+
+@dataclasses.dataclass
+class Speed:
+    """Rates since the last line."""
+
+    flops_per_token: float  # of training, without attention's products of queries and keys
+    flops_per_pair: float  # of training, for one query and one key that it sees
+    peak_flops: float | None  # of all devices together
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    images: int = 0
+    pairs: float = 0.0
+    data_wait: float = 0.0
+
+    def add(self, metrics: Fetched, data_wait: float) -> None:
+        self.steps += 1
+        self.tokens += int(metrics["tokens_by_source"].sum())
+        self.images += int(metrics["images"])
+        self.pairs += float(metrics["attended_pairs"])
+        self.data_wait += data_wait
+
+    def take(self) -> dict[str, float]:
+        """The rates, and a new beginning."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        flops = self.tokens * self.flops_per_token + self.pairs * self.flops_per_pair
+        rates = {
+            "time/step": seconds / self.steps,
+            "time/data_wait": self.data_wait / self.steps,
+            "speed/tokens_per_second": self.tokens / seconds,
+            "speed/images_per_second": self.images / seconds,
+            "speed/tflops_per_second": flops / seconds / 1e12,
+        }
+        if self.peak_flops:
+            rates["speed/mfu"] = flops / seconds / self.peak_flops
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:  # None on CPU
+            rates["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+        self.since, self.steps, self.tokens, self.images, self.pairs, self.data_wait = now, 0, 0, 0, 0.0, 0.0
+        return rates
+
+
+def line(step: int, metrics: Fetched, seen: Seen, rates: Mapping[str, float]) -> dict[str, Any]:
+    """What is logged of step number `step`; a source without targets in this batch has no loss."""
+    sums = zip(seen.tokens, metrics["loss_sum_by_source"], metrics["mask_sum_by_source"], strict=True)
+    return {
+        "step": step,
+        "loss": float(metrics["loss"]),
+        **{f"loss/{source}": float(total / count) for source, total, count in sums if count > 0},
+        "learning_rate": float(metrics["learning_rate"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "param_norm": float(metrics["param_norm"]),
+        "tokens": sum(seen.tokens.values()),
+        **{f"tokens/{source}": count for source, count in seen.tokens.items()},
+        "images": seen.images,
+        **rates,
+    }
+
+
+def trim(path: pathlib.Path, step: int) -> None:
+    """Drops the lines after `step` and a torn last line, atomically."""
+    if not path.exists():
+        return
+    text = path.read_text()
+    kept = [whole for whole in text.splitlines(keepends=True) if whole.endswith("\n") and _step_of(whole, path) <= step]
+    if "".join(kept) != text:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+
+def _step_of(whole_line: str, path: pathlib.Path) -> int:
+    try:
+        return int(json.loads(whole_line)["step"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: {whole_line.strip()[:80]!r} is no line of metrics; move the file away") from e
+
+
+class Writer:
+    """Appends lines to workdir/metrics.jsonl; a line is in the file when `write` returns."""
+
+    def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
+        """Goes on after `step`."""
+        path = workdir / "metrics.jsonl"
+        trim(path, step)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard else None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
