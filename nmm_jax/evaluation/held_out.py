@@ -1,0 +1,76 @@
+"""Loss on held-out rows, source by source, with the right images and with images shuffled between documents."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from data_pipelines.stream import HeldOut
+from nmm_jax.evaluation.batching import fixed_batches, place, size_on
+from nmm_jax.evaluation.shuffled_images import donors, exchange
+from nmm_jax.evaluation.statistics import Estimate, ratio
+from nmm_jax.parallel.sharding import constrainer, replicated
+from nmm_jax.training.checkpoints import Run
+from nmm_jax.training.losses import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """Nats per text token over `rows` rows with `tokens` targets. `shuffled` and `drop` are None without images."""
+
+    loss: Estimate
+    shuffled: Estimate | None  # the loss with images of other documents
+    drop: Estimate | None  # 1 - loss / shuffled; 0 when images do not matter
+    tokens: int
+    rows: int
+
+
+RowSums = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, "B"], Float[Array, "B"]]]
+
+
+def make_row_sums(run: Run) -> RowSums:
+    """(params, batch) -> for each row the sums of loss_mask * CE and of loss_mask; compiled once per batch shape."""
+    constrain, chunks = constrainer(run.mesh), run.config.model.vocab_chunks
+
+    def row_sums(params: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        hidden, _ = run.model.hidden(params, batch, constrain=constrain)
+        ce, _ = cross_entropy(hidden, run.model.unembedding(params), batch["targets"], chunks)
+        return (batch["loss_mask"] * ce).sum(1), batch["loss_mask"].sum(1)
+
+    return jax.jit(row_sums, out_shardings=replicated(run.mesh))
+
+
+def held_out_loss(run: Run, row_sums: RowSums, held_out: HeldOut, rows: int) -> HeldOutLoss:
+    """Over at most `rows` rows, evenly spread over the plan (its first rows are the fullest of their window).
+
+    Every process builds every row, since images may be exchanged between any two.
+    """
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
+    batch = held_out.batch(chosen)
+    losses, counts = _sums(run, row_sums, batch, f"{held_out.source}")
+    loss = ratio(losses, counts)
+    tokens = int(counts.sum())
+
+    takes = donors(held_out.image_documents(chosen))
+    if takes is None:
+        return HeldOutLoss(loss, None, None, tokens, len(chosen))
+    batch["images"] = exchange(batch["images"], takes)
+    shuffled, _ = _sums(run, row_sums, batch, f"{held_out.source}, shuffled images")
+    kept = ratio(losses, shuffled)  # of the same rows, so what makes a row hard cancels
+    drop = Estimate(1 - kept.value, kept.standard_error)
+    return HeldOutLoss(loss, ratio(shuffled, counts), drop, tokens, len(chosen))
+
+
+def _sums(
+    run: Run, row_sums: RowSums, batch: Mapping[str, np.ndarray], title: str
+) -> tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+    size = size_on(run.mesh, run.config.evaluation.batch_rows)
+    sums = []
+    for rows, real in fixed_batches(len(batch["tokens"]), size, title):
+        part = place({name: array[rows] for name, array in batch.items()}, run.mesh)
+        sums.append(np.stack(jax.device_get(row_sums(run.params, part)))[:, :real])
+    losses, counts = np.concatenate(sums, axis=1).astype(np.float64)
+    return losses, counts

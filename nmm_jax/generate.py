@@ -1,0 +1,121 @@
+"""Continues a prompt of text and images.
+
+    python -m nmm_jax.generate --workdir=RUN --prompt="<image> what colour is the square?" --image=F.png
+    python -m nmm_jax.generate --workdir=RUN --prompt="<image> <image> what changed?" --image=A.png --image=B.png
+    python -m nmm_jax.generate --workdir=RUN --prompts=F.jsonl          lines {"prompt": "...", "images": ["A.png"]}
+
+Each <image> stands for the next --image. Text is written as it is made; from --prompts, one line of JSON per prompt.
+Without --temperature decoding is greedy. `--step` chooses another checkpoint than the last.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from data_pipelines.document import Document, Part
+from data_pipelines.tokenizer import Tokenizer
+from nmm_jax.evaluation import restored
+from nmm_jax.evaluation.sampling import Sampler, Sampling
+
+MARK = "<image>"
+_BATCH = 8  # prompts of a file that are continued together
+
+_PROMPT = flags.DEFINE_string("prompt", None, f"text, with {MARK} where an image goes")
+_IMAGE = flags.DEFINE_multi_string("image", [], "file of the next image; give it once per mark")
+_PROMPTS = flags.DEFINE_string("prompts", None, 'instead: a file of lines {"prompt": ..., "images": [files]}')
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "at most so many tokens are written")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 samples from the model")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0 is all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that together have this probability")
+_SEED = flags.DEFINE_integer("seed", 0, "of the samples")
+
+
+def read_prompt(text: str, images: Sequence[str], name: str = "the prompt") -> Document:
+    """The document that a prompt begins.
+
+    Raises:
+      ValueError: the marks in `text` and the images are not as many, or there is nothing at all.
+      FileNotFoundError: there is no such image file.
+    """
+    texts = text.split(MARK)
+    if len(texts) - 1 != len(images):
+        raise ValueError(
+            f"{name} has {len(texts) - 1} {MARK} marks and {len(images)} images; give one image per mark, in order"
+        )
+    parts: list[Part] = []
+    for i, piece in enumerate(texts):
+        if piece.strip():
+            parts.append(piece.strip())
+        if i < len(images):
+            path = pathlib.Path(images[i])
+            if not path.is_file():
+                raise FileNotFoundError(f"{name}: there is no image file {path}")
+            parts.append(path.read_bytes())
+    return Document(name, "prompt", tuple(parts))
+
+
+def read_prompts(path: str) -> list[Document]:
+    """One document per line of a jsonl file; image paths are relative to its folder.
+
+    Raises:
+      ValueError: a line that is no such record, by its number.
+    """
+    prompts = []
+    for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+            text, images = record["prompt"], record.get("images", [])
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+            raise ValueError(f'{where}: expected {{"prompt": "...", "images": [...]}}, found {line[:80]!r}') from e
+        prompts.append(read_prompt(text, [str(pathlib.Path(path).parent / i) for i in images], where))
+    if not prompts:
+        raise ValueError(f"{path} has no lines")
+    return prompts
+
+
+def as_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[str]:
+    """Pieces of text as the tokens of one prompt arrive; a character split over tokens is held back until whole."""
+    ids: list[int] = []
+    written = ""
+    for token in tokens:
+        ids.append(int(token[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(written) :]
+            written = text
+    rest = tokenizer.decode(ids)[len(written) :]
+    if rest:
+        yield rest
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+        raise app.UsageError("give either --prompt or --prompts")
+    sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    if _PROMPT.value is not None:
+        prompts = [read_prompt(_PROMPT.value, _IMAGE.value, "--prompt")]
+    else:
+        prompts = read_prompts(_PROMPTS.value)
+    run, tokenizer = restored.restore()
+    speaks = jax.process_index() == 0
+    if _PROMPT.value is not None:
+        for piece in as_text(Sampler(run, tokenizer).stream(prompts, sampling, _SEED.value), tokenizer):
+            print(piece if speaks else "", end="", flush=True)
+        print()
+        return
+    written = Sampler(run, tokenizer, min(_BATCH, len(prompts))).generate(prompts, sampling, _SEED.value, "prompts")
+    for prompt, tokens in zip(prompts, written, strict=True):
+        if speaks:
+            print(json.dumps({"prompt": " ".join(prompt.texts), "text": tokenizer.decode(tokens)}), flush=True)
+
+
+if __name__ == "__main__":
+    restored.require()
+    app.run(main)
