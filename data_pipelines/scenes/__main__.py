@@ -8,7 +8,8 @@ import time
 
 from absl import app, flags, logging
 
-from data_pipelines.scenes import corpus, preview
+from data_pipelines.scenes import preview
+from data_pipelines.scenes.corpus import Corpus
 from data_pipelines.scenes.scene import LEVELS
 
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the datasets, the questions and the tokenizer", required=True)
@@ -29,14 +30,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
     started = time.monotonic()
-    make = {"seed": _SEED.value, "level": _LEVEL.value, "size": _SIZE.value}
+    corpus = Corpus(level=_LEVEL.value, size=_SIZE.value, seed=_SEED.value)
     counts = {"captions": _CAPTIONS.value, "interleaved": _INTERLEAVED.value, "text": _TEXT.value}
     command = " ".join(["python -m data_pipelines.scenes", *sys.argv[1:]])
-    corpus.write(_OUTPUT.value, counts, _HELD_OUT.value, _QUESTIONS.value, command, **make)
+    corpus.write(_OUTPUT.value, counts, _HELD_OUT.value, _QUESTIONS.value, command)
     total = sum(counts.values()) + 3 * _HELD_OUT.value + _QUESTIONS.value
     logging.info("%d documents in %s, %.1f s", total, _OUTPUT.value, time.monotonic() - started)
     if _PREVIEW.value:
-        preview.write(_PREVIEW.value, **make)
+        preview.write(_PREVIEW.value, corpus)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@ Document i of a source depends on (seed, source, split, i) alone, so any of them
 larger corpus begins with the smaller one.
 """
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
 
 from data_pipelines import tokenizer
-from data_pipelines.document import Document
+from data_pipelines.document import Document, Part
 from data_pipelines.scenes import language, stories
 from data_pipelines.scenes.render import encode, render
-from data_pipelines.scenes.scene import LEVELS, Level, Scene
+from data_pipelines.scenes.scene import LEVELS, Level
 from data_pipelines.store import DatasetWriter
 
 SOURCES: dict[str, Callable[[random.Random, Level], stories.Story]] = {
@@ -20,6 +21,7 @@ SOURCES: dict[str, Callable[[random.Random, Level], stories.Story]] = {
     "interleaved": stories.interleaved,
     "text": stories.text,
 }
+LICENCE = "generated"
 COMBINATIONS = ("seen", "held_out")
 QUESTIONS = {  # the kinds of a level
     "quickstart": ("colour", "count", "right", "left", "change", "caption"),
@@ -27,55 +29,54 @@ QUESTIONS = {  # the kinds of a level
 }
 
 
-def _rng(seed: int, *what: str | int) -> random.Random:
-    return random.Random("/".join(map(str, (seed, *what))))  # a string is hashed in full, on every platform alike
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """All documents of a seed, a level and an image size."""
 
+    level: str = "quickstart"
+    size: int = 32  # pixels of an image, height and width
+    seed: int = 0
 
-def _parts(story: stories.Story, size: int) -> tuple[str | bytes, ...]:
-    return tuple(encode(render(part, size)) if isinstance(part, Scene) else part for part in story)
+    def document(self, source: str, split: str, index: int) -> Document:
+        """Document `index` of a source's split, "train" or "held_out" (new draws, of the same pairs)."""
+        story = SOURCES[source](self._rng(source, split, index), LEVELS[self.level])
+        return Document(f"{source}-{split}-{index:08d}", source, self._parts(story), {"level": self.level})
 
+    def question(self, index: int) -> Document:
+        """Question `index`: (image[, image], question, answer). Kinds and combinations take turns."""
+        kinds = QUESTIONS[self.level]
+        kind, combination = kinds[index % len(kinds)], COMBINATIONS[index // len(kinds) % 2]
+        story, choices = stories.question(self._rng("questions", index), LEVELS[self.level], kind, combination)
+        metadata: dict[str, str | int] = {
+            "kind": kind,
+            "combination": combination,
+            "answer": str(story[-1]),
+            "level": self.level,
+        }
+        if choices:
+            metadata["choices"] = choices
+        return Document(f"question-{index:06d}", "questions", self._parts(story), metadata)
 
-def document(source: str, split: str, index: int, *, seed: int, level: str, size: int) -> Document:
-    """Document `index` of a source's split ("train" or "held_out": new draws, same combinations)."""
-    story = SOURCES[source](_rng(seed, source, split, index), LEVELS[level])
-    return Document(f"{source}-{split}-{index:08d}", source, _parts(story, size), {"level": level})
+    def write(self, root: str, counts: dict[str, int], held_out: int, questions: int, command: str = "") -> None:
+        """Writes ROOT/<source> for each of `counts`, ROOT/questions and ROOT/tokenizer.json.
 
+        `counts` are training documents by source; each source has `held_out` documents more in its held_out split.
+        `command` is kept on the datasets' cards.
+        """
+        for source, count in counts.items():
+            with DatasetWriter(os.path.join(root, source), source, licence=LICENCE, command=command) as writer:
+                for split, n in (("train", count), ("held_out", held_out)):
+                    for i in range(n):
+                        writer.add(self.document(source, split, i), split)
+        with DatasetWriter(os.path.join(root, "questions"), "questions", licence=LICENCE, command=command) as writer:
+            for i in range(questions):
+                writer.add(self.question(i), "questions")
+        words = " ".join(language.vocabulary(LEVELS[self.level]))
+        tokenizer.train_words([words], os.path.join(root, "tokenizer.json"))
 
-def question(index: int, *, seed: int, level: str, size: int) -> Document:
-    """Question `index`: (image[, image], question, answer). Kinds and combinations take turns."""
-    kinds = QUESTIONS[level]
-    kind, combination = kinds[index % len(kinds)], COMBINATIONS[index // len(kinds) % 2]
-    story, choices = stories.question(_rng(seed, "questions", index), LEVELS[level], kind, combination)
-    metadata = {"kind": kind, "combination": combination, "answer": story[-1], "level": level}
-    if choices:
-        metadata["choices"] = choices
-    return Document(f"question-{index:06d}", "questions", _parts(story, size), metadata)
+    def _rng(self, *what: str | int) -> random.Random:
+        # A string is hashed in full, and on every platform alike.
+        return random.Random("/".join(map(str, (self.seed, *what))))
 
-
-def write(
-    root: str,
-    counts: dict[str, int],
-    held_out: int,
-    questions: int,
-    command: str = "",
-    *,
-    seed: int,
-    level: str,
-    size: int,
-) -> None:
-    """Writes ROOT/<source> for each of `counts`, ROOT/questions and ROOT/tokenizer.json.
-
-    `counts` are training documents by source; each source has `held_out` documents more in its held_out split.
-    `command` is kept on the datasets' cards.
-    """
-    make = {"seed": seed, "level": level, "size": size}
-    card = {"licence": "generated", "command": command}
-    for source, count in counts.items():
-        with DatasetWriter(os.path.join(root, source), source, **card) as writer:
-            for split, n in (("train", count), ("held_out", held_out)):
-                for i in range(n):
-                    writer.add(document(source, split, i, **make), split)
-    with DatasetWriter(os.path.join(root, "questions"), "questions", **card) as writer:
-        for i in range(questions):
-            writer.add(question(i, **make), "questions")
-    tokenizer.train_words([" ".join(language.vocabulary(LEVELS[level]))], os.path.join(root, "tokenizer.json"))
+    def _parts(self, story: stories.Story) -> tuple[Part, ...]:
+        return tuple(part if isinstance(part, str) else encode(render(part, self.size)) for part in story)

@@ -7,7 +7,7 @@ objects does so from left to right unless it says otherwise, so that a text is p
 import dataclasses
 import random
 
-from data_pipelines.scenes.changes import Change
+from data_pipelines.scenes.changes import Added, Change, Moved, Recoloured, Removed, Swapped
 from data_pipelines.scenes.scene import Level, Object, Scene, occluded_pair
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -140,7 +140,7 @@ def caption(rng: random.Random, level: Level, scene: Scene) -> tuple[str, ...]:
         return (rng.choice([f"{left}.", f"{left} {place(line[0])}.", f"{place(line[0])} is {left}."]),)
 
     number = f"{NUMBERS[len(line)]} shapes: {join([phrase(o) for o in line])}."
-    templates = [(number,)]
+    templates: list[tuple[str, ...]] = [(number,)]
     if in_line(scene):
         templates += [(LINE_UP, line_up(scene))] * 2
         if place(line[0]) == "on the left" and place(line[-1]) == "on the right":
@@ -192,45 +192,44 @@ def questions(rng: random.Random, level: Level, scene: Scene) -> list[Question]:
     return found
 
 
-def happened(change: Change, before: Scene) -> str:
-    """The answer to "what changed?", from the first scene to the second."""
-    if change.kind == "added":
-        return f"{with_article(name(change.after))} was added."
-    if change.kind == "removed":
-        return f"the {name(change.before)} was removed."
-    if change.kind == "recoloured":
-        return f"the {name(change.before)} turned {change.after.colour}."
-    if change.kind == "moved":
-        side = "right" if change.after.x > change.before.x else "left"
-        return f"the {name(change.before)} moved to the {side}."
-    first, second = sorted((change.before, change.other), key=lambda o: o.x)
-    return f"the {name(first)} and the {name(second)} swapped places."
+def _side(change: Moved) -> str:
+    return "right" if change.new.x > change.old.x else "left"
+
+
+def happened(change: Change) -> str:
+    """The answer to "what changed?" after two pictures."""
+    match change:
+        case Added(new):
+            return f"{with_article(name(new))} was added."
+        case Removed(old):
+            return f"the {name(old)} was removed."
+        case Recoloured(old, new):
+            return f"the {name(old)} turned {new.colour}."
+        case Moved(old, _):
+            return f"the {name(old)} moved to the {_side(change)}."
+        case Swapped(first, second):
+            left, right = sorted((first, second), key=lambda o: o.x)
+            return f"the {name(left)} and the {name(right)} swapped places."
 
 
 def retold(rng: random.Random, change: Change, before: Scene, first: bool) -> str:
     """A sentence after a picture that refers back to the one before it, which may have been the first."""
-    if change.kind == "added":
-        new = with_article(name(change.after))
-        return rng.choice([f"now there is also {new} {place(change.after)}.", f"{new} came.", f"then {new} was added."])
-    if change.kind == "removed":
-        old = refer(change.before, before)
-        return rng.choice([f"{old} is gone.", f"now {old} is gone.", f"{old} was removed."])
-    if change.kind == "recoloured":
-        old, colour = refer(change.before, before), change.after.colour
-        then = "in the first picture" if first else "before"
-        return rng.choice(
-            [
-                f"{old} turned {colour}.",
-                f"now {old} is {colour}.",
-                f"{then} {old} was {change.before.colour}, now it is {colour}.",
-            ]
-        )
-    if change.kind == "moved":
-        old, side = refer(change.before, before), "right" if change.after.x > change.before.x else "left"
-        return rng.choice(
-            [f"{old} moved to the {side}.", f"{old} went to the {side}.", f"now {old} is {place(change.after)}."]
-        )
-    a, b = rng.sample([refer(change.before, before), refer(change.other, before)], 2)
-    return rng.choice(
-        [f"now {a} is where {b} was.", f"{a} and {b} swapped places.", f"{b} is now in the place of {a}."]
-    )
+    match change:
+        case Added(new):
+            a = with_article(name(new))
+            tellings = [f"now there is also {a} {place(new)}.", f"{a} came.", f"then {a} was added."]
+        case Removed(old):
+            the = refer(old, before)
+            tellings = [f"{the} is gone.", f"now {the} is gone.", f"{the} was removed."]
+        case Recoloured(old, new):
+            the, then = refer(old, before), "in the first picture" if first else "before"
+            tellings = [f"{the} turned {new.colour}.", f"now {the} is {new.colour}."]
+            tellings.append(f"{then} {the} was {old.colour}, now it is {new.colour}.")
+        case Moved(old, new):
+            the, side = refer(old, before), _side(change)
+            tellings = [f"{the} moved to the {side}.", f"{the} went to the {side}.", f"now {the} is {place(new)}."]
+        case Swapped(one, other):
+            a, b = rng.sample([refer(one, before), refer(other, before)], 2)
+            tellings = [f"now {a} is where {b} was.", f"{a} and {b} swapped places."]
+            tellings.append(f"{b} is now in the place of {a}.")
+    return rng.choice(tellings)

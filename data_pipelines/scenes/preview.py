@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from data_pipelines.document import Document
-from data_pipelines.scenes import corpus
+from data_pipelines.scenes.corpus import QUESTIONS, SOURCES, Corpus
 
 _COLUMNS = 3
 _TILE = 104  # pixels of a shown image
@@ -16,7 +16,8 @@ _LINE = 16
 
 def _decode(data: bytes) -> np.ndarray:
     """Shown image [_TILE, _TILE, 3] uint8, BGR, its pixels kept apart."""
-    return cv2.resize(cv2.imdecode(np.frombuffer(data, np.uint8), 1), (_TILE, _TILE), interpolation=cv2.INTER_NEAREST)
+    image = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
+    return cv2.resize(image, (_TILE, _TILE), interpolation=cv2.INTER_NEAREST)
 
 
 def _cell(document: Document) -> np.ndarray:
@@ -50,11 +51,10 @@ def contact_sheet(documents: list[Document]) -> np.ndarray:
     return sheet
 
 
-def write(path: str, *, seed: int, level: str, size: int) -> None:
+def write(path: str, corpus: Corpus) -> None:
     """Writes the sheet of a corpus's first documents as an image file (.png)."""
-    make = {"seed": seed, "level": level, "size": size}
-    shown = [corpus.document(source, "train", i, **make) for source in corpus.SOURCES for i in range(9)]
-    shown += [corpus.question(i, **make) for i in range(2 * len(corpus.QUESTIONS[level]))]
+    shown = [corpus.document(source, "train", i) for source in SOURCES for i in range(9)]
+    shown += [corpus.question(i) for i in range(2 * len(QUESTIONS[corpus.level]))]
     try:
         written = cv2.imwrite(path, contact_sheet(shown))
     except cv2.error as e:

@@ -76,8 +76,8 @@ def _pixels(o: Object, size: int) -> tuple[int, int, float]:
 
 def render(scene: Scene, size: int) -> np.ndarray:
     """The scene as [size, size, 3] uint8 RGB. Same scene, same pixels."""
-    noise = np.frombuffer(random.Random(scene.noise).randbytes(size * size * 3), np.uint8).reshape(size, size, 3)
-    noise = (noise % (2 * NOISE + 1)).astype(np.float32) - NOISE
+    grains = np.frombuffer(random.Random(scene.noise).randbytes(size * size * 3), np.uint8).reshape(size, size, 3)
+    noise = (grains % (2 * NOISE + 1)).astype(np.float32) - NOISE
     canvas = np.empty_like(noise)
     canvas[:] = scene.background
     for o in scene.objects:

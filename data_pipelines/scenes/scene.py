@@ -124,7 +124,8 @@ def _pick_pairs(rng: random.Random, level: Level, count: int, first: Pair | None
 
 def _scene(rng: random.Random, objects: list[Object]) -> Scene:
     grey = rng.randint(20, 56)
-    return Scene(tuple(objects), tuple(grey + rng.randint(-8, 8) for _ in range(3)), rng.getrandbits(32))
+    background = (grey + rng.randint(-8, 8), grey + rng.randint(-8, 8), grey + rng.randint(-8, 8))
+    return Scene(tuple(objects), background, rng.getrandbits(32))
 
 
 def make(rng: random.Random, level: Level, pair: Pair, slot: float | None = None) -> Object:

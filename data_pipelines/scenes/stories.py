@@ -9,7 +9,7 @@ text          no picture: imagined scenes with questions, changes told in words,
 import random
 
 from data_pipelines.scenes import language
-from data_pipelines.scenes.changes import CHANGES, Change, change
+from data_pipelines.scenes.changes import CHANGES, Added, Change, Recoloured, change
 from data_pipelines.scenes.language import NUMBERS, join, name, plural, refer, with_article
 from data_pipelines.scenes.scene import Level, Pair, Scene, sample, sample_group, sample_occluded
 
@@ -29,7 +29,7 @@ def some_scene(rng: random.Random, level: Level, first: Pair | None = None) -> S
 
 def some_change(rng: random.Random, level: Level, scene: Scene, pair: Pair | None = None) -> tuple[Scene, Change]:
     """The scene after a change of a random kind among those possible in it."""
-    for kind in rng.sample(CHANGES, len(CHANGES)):
+    for kind in rng.sample(list(CHANGES), len(CHANGES)):
         outcome = change(rng, level, scene, kind, pair)
         if outcome is not None:
             return outcome
@@ -49,17 +49,17 @@ def interleaved(rng: random.Random, level: Level) -> Story:
     scene = sample(rng, level)
     if rng.random() < 0.4:
         after, happened = some_change(rng, level, scene)
-        return scene, after, WHAT_CHANGED, language.happened(happened, scene)
-    parts: list[str | Scene] = [scene, language.line_up(scene)]
+        return scene, after, WHAT_CHANGED, language.happened(happened)
+    first = scene
+    parts: list[str | Scene] = [first, language.line_up(first)]
     for _ in range(rng.randint(1, 3)):
         after, happened = some_change(rng, level, scene)
-        parts += [after, language.retold(rng, happened, scene, first=scene is parts[0])]
+        parts += [after, language.retold(rng, happened, scene, first=scene is first)]
         scene = after
     if rng.random() < 0.5:
-        first, last = parts[0], scene
         asked = [
             ("how many shapes were in the first picture?", NUMBERS[len(first.objects)]),
-            ("how many shapes are there now?", NUMBERS[len(last.objects)]),
+            ("how many shapes are there now?", NUMBERS[len(scene.objects)]),
         ]
         for side, o in language.outermost(first).items():
             if side in ("left", "right"):
@@ -91,7 +91,7 @@ def _told(rng: random.Random, level: Level) -> str:
     sentences = [f"there {'was' if len(scene.objects) == 1 else 'were'} {language.line_up(scene)}"]
     for _ in range(rng.randint(1, 3)):
         after, happened = some_change(rng, level, scene)
-        sentences.append(language.happened(happened, scene))
+        sentences.append(language.happened(happened))
         scene = after
     o = rng.choice(scene.objects)
     sentences.append(
@@ -182,8 +182,8 @@ def _is_about(q: language.Question, pair: Pair, wanted: str) -> bool:
 
 def _changed(rng: random.Random, level: Level, pair: Pair) -> Story | None:
     """Two pictures between which something happens to the object of `pair`, or by which it comes to be."""
-    kind = rng.choice(CHANGES)
-    comes = kind in ("added", "recoloured")
+    kind = rng.choice(list(CHANGES))
+    comes = kind in (Added, Recoloured)
     scene = sample(rng, level, first=None if comes else pair)
     if comes and pair in [o.pair for o in scene.objects]:
         return None
@@ -191,4 +191,4 @@ def _changed(rng: random.Random, level: Level, pair: Pair) -> Story | None:
     if outcome is None:
         return None
     after, happened = outcome
-    return scene, after, WHAT_CHANGED, language.happened(happened, scene)
+    return scene, after, WHAT_CHANGED, language.happened(happened)

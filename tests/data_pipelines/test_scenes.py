@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.document import Document
-from data_pipelines.scenes import corpus, language, preview, stories
+from data_pipelines.scenes import language, preview, stories
+from data_pipelines.scenes.corpus import QUESTIONS, SOURCES, Corpus
 from data_pipelines.scenes.render import NOISE, SHADE, encode, render
 from data_pipelines.scenes.scene import COLOURS, HELD_OUT, LEVELS, Object, Scene
 
@@ -23,11 +24,13 @@ BIG = 96  # a scene knows no pixels, so the same documents can be looked at in a
 
 
 def documents(source: str, count: int, level: str = "quickstart", size: int = 32, seed: int = 0) -> list[Document]:
-    return [corpus.document(source, "train", i, seed=seed, level=level, size=size) for i in range(count)]
+    corpus = Corpus(level, size, seed)
+    return [corpus.document(source, "train", i) for i in range(count)]
 
 
 def questions(count: int, level: str = "quickstart", size: int = 32) -> list[Document]:
-    return [corpus.question(i, seed=0, level=level, size=size) for i in range(count)]
+    corpus = Corpus(level, size)
+    return [corpus.question(i) for i in range(count)]
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -246,7 +249,7 @@ def test_held_out_pairs_are_in_no_training_text_and_in_every_question_about_them
         return told | {o.pair for part in story if isinstance(part, Scene) for o in part.objects}
 
     drawn = set()
-    for source, tell in corpus.SOURCES.items():
+    for source, tell in SOURCES.items():
         for i in range(1500):
             drawn |= pairs(tell(random.Random(f"{source}{i}"), rich))
     everything = {(c, k) for c in rich.colours for k in rich.kinds}
@@ -254,7 +257,7 @@ def test_held_out_pairs_are_in_no_training_text_and_in_every_question_about_them
     assert len(everything & HELD_OUT) == len(rich.kinds)
 
     for i in range(200):
-        kind = corpus.QUESTIONS[level][i % len(corpus.QUESTIONS[level])]
+        kind = QUESTIONS[level][i % len(QUESTIONS[level])]
         seen, _ = stories.question(random.Random(i), rich, kind, "seen")
         held_out, _ = stories.question(random.Random(i), rich, kind, "held_out")
         assert not pairs(seen) & HELD_OUT
@@ -270,7 +273,7 @@ def test_no_held_out_pair_is_seen_in_training_pictures():
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_vocabulary_is_what_the_texts_use(level):
     used = set()
-    for source, tell in corpus.SOURCES.items():
+    for source, tell in SOURCES.items():
         for i in range(4000):
             used |= {
                 w
@@ -290,7 +293,7 @@ def test_no_answer_is_far_commoner_than_others(level):
         assert set(question.metadata) - {"choices"} == {"kind", "combination", "answer", "level"}
         if question.metadata["combination"] == "seen":
             answers[question.metadata["kind"]][question.metadata["answer"]] += 1
-    assert set(answers) == set(corpus.QUESTIONS[level])
+    assert set(answers) == set(QUESTIONS[level])
     most = {"colour": 0.3, "count": 0.42, "texture": 0.4}
     for kind, counts in answers.items():
         assert counts.most_common(1)[0][1] / counts.total() < most.get(kind, 0.15), (kind, counts.most_common(3))
@@ -299,13 +302,10 @@ def test_no_answer_is_far_commoner_than_others(level):
 def test_a_document_depends_on_seed_source_split_and_index_alone():
     in_order = [d.to_bytes() for d in documents("interleaved", 5)]
     assert documents("interleaved", 5, seed=1)[4].to_bytes() != in_order[4]
-    assert (
-        corpus.document("interleaved", "held_out", 4, seed=0, level="quickstart", size=32).parts
-        != documents("interleaved", 5)[4].parts
-    )
+    assert Corpus().document("interleaved", "held_out", 4).parts != documents("interleaved", 5)[4].parts
     script = (
-        "from data_pipelines.scenes import corpus;"
-        "d = corpus.document('interleaved', 'train', 4, seed=0, level='quickstart', size=32);"
+        "from data_pipelines.scenes.corpus import Corpus;"
+        "d = Corpus().document('interleaved', 'train', 4);"
         "print(d.to_bytes().hex())"
     )
     for hash_seed in ("1", "2"):  # the order of sets must not matter
@@ -353,15 +353,8 @@ def test_the_written_corpus_opens_and_its_tokenizer_knows_every_word(tmp_path):
     from data_pipelines import tokenizer
     from data_pipelines.store import Dataset
 
-    corpus.write(
-        str(tmp_path),
-        {"captions": 60, "interleaved": 30, "text": 20},
-        held_out=10,
-        questions=48,
-        seed=3,
-        level="quickstart",
-        size=32,
-    )
+    corpus = Corpus(seed=3)
+    corpus.write(str(tmp_path), {"captions": 60, "interleaved": 30, "text": 20}, held_out=10, questions=48)
     read = tokenizer.load(str(tmp_path / "tokenizer.json"))
     assert read.vocab_size < 100
     for source, count in (("captions", 60), ("interleaved", 30), ("text", 20), ("questions", 48)):
@@ -372,17 +365,16 @@ def test_the_written_corpus_opens_and_its_tokenizer_knows_every_word(tmp_path):
             for i in range(n):
                 for text in dataset[i].texts:
                     assert words(read.decode(read.encode(text))) == words(text)
-    again = corpus.document("captions", "train", 59, seed=3, level="quickstart", size=32)
-    assert Dataset.open(str(tmp_path / "captions"))[59] == again
+    assert Dataset.open(str(tmp_path / "captions"))[59] == corpus.document("captions", "train", 59)
 
 
 def test_the_contact_sheet_shows_the_pictures(tmp_path):
     shown = documents("captions", 3) + documents("text", 2)
     sheet = preview.contact_sheet(shown)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
-    preview.write(str(tmp_path / "sheet.png"), seed=0, level="quickstart", size=32)
+    preview.write(str(tmp_path / "sheet.png"), Corpus())
     assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] == sheet.shape[1]
     with pytest.raises(OSError, match="does the folder exist"):
-        preview.write(str(tmp_path / "none" / "sheet.png"), seed=0, level="quickstart", size=32)
+        preview.write(str(tmp_path / "none" / "sheet.png"), Corpus())
     with pytest.raises(ValueError, match="end it in .png"):
-        preview.write(str(tmp_path / "sheet"), seed=0, level="quickstart", size=32)
+        preview.write(str(tmp_path / "sheet"), Corpus())
