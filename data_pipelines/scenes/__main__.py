@@ -23,6 +23,7 @@ _QUESTIONS = flags.DEFINE_integer("questions", 2400, "questions with known answe
 _SEED = flags.DEFINE_integer("seed", 0, "another seed, another corpus")
 _SIZE = flags.DEFINE_integer("size", 32, "pixels of an image, height and width", lower_bound=16)
 _LEVEL = flags.DEFINE_enum("level", "quickstart", list(LEVELS), "how rich the scenes and their language are")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace datasets that are there already")
 _PREVIEW = flags.DEFINE_string("preview", "", "also write a contact sheet of the first documents to this .png")
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     corpus = Corpus(level=_LEVEL.value, size=_SIZE.value, seed=_SEED.value)
     counts = {"captions": _CAPTIONS.value, "interleaved": _INTERLEAVED.value, "text": _TEXT.value}
     command = " ".join(["python -m data_pipelines.scenes", *sys.argv[1:]])
-    corpus.write(_OUTPUT.value, counts, _HELD_OUT.value, _QUESTIONS.value, command)
+    corpus.write(_OUTPUT.value, counts, _HELD_OUT.value, _QUESTIONS.value, command, _OVERWRITE.value)
     total = sum(counts.values()) + 3 * _HELD_OUT.value + _QUESTIONS.value
     logging.info("%d documents in %s, %.1f s", total, _OUTPUT.value, time.monotonic() - started)
     if _PREVIEW.value:

@@ -57,20 +57,36 @@ class Corpus:
             metadata["choices"] = choices
         return Document(f"question-{index:06d}", "questions", self._parts(story), metadata)
 
-    def write(self, root: str, counts: dict[str, int], held_out: int, questions: int, command: str = "") -> None:
-        """Writes ROOT/<source> for each of `counts`, ROOT/questions and ROOT/tokenizer.json.
+    def write(
+        self,
+        root: str,
+        counts: dict[str, int],
+        held_out: int,
+        questions: int,
+        command: str = "",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes ROOT/<source> for each of `counts`, ROOT/questions, ROOT/tokenizer.json and ROOT/sample.png.
 
         `counts` are training documents by source; each source has `held_out` documents more in its held_out split.
-        `command` is kept on the datasets' cards.
+        `command` is kept on the datasets' cards. The sample is a picture no training document has.
         """
+
+        def writer_of(source: str) -> DatasetWriter:
+            folder = os.path.join(root, source)
+            return DatasetWriter(folder, source, licence=LICENCE, command=command, overwrite=overwrite)
+
         for source, count in counts.items():
-            with DatasetWriter(os.path.join(root, source), source, licence=LICENCE, command=command) as writer:
+            with writer_of(source) as writer:
                 for split, n in (("train", count), ("held_out", held_out)):
                     for i in range(n):
                         writer.add(self.document(source, split, i), split)
-        with DatasetWriter(os.path.join(root, "questions"), "questions", licence=LICENCE, command=command) as writer:
+        with writer_of("questions") as writer:
             for i in range(questions):
                 writer.add(self.question(i), "questions")
+        asked_side = QUESTIONS[self.level].index("right")
+        with open(os.path.join(root, "sample.png"), "wb") as f:
+            f.write(self.question(asked_side).images[0])
         words = " ".join(language.vocabulary(LEVELS[self.level]))
         tokenizer.train_words([words], os.path.join(root, "tokenizer.json"))
 
