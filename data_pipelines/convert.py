@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import glob
+import io
 import multiprocessing
 import os
 import pathlib
@@ -158,6 +159,9 @@ def _in_processes(conversion, progress, parts, workers, context) -> list[Convert
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+_in_this_process: tuple[Conversion, Progress]  # of a worker process, set when it starts
+
+
 def _start_process(conversion: Conversion, progress: Progress) -> None:
     global _in_this_process
     _in_this_process = (conversion, progress)
@@ -206,7 +210,7 @@ def _convert_part(
 def _records(reader: Reader, path: str, name: str, progress: Progress) -> Iterator[Document | Rejected]:
     """The records of a file; where the file is broken they end with a Rejected that says so."""
     count = 0
-    with CountedFile(path, progress.bytes) as file:
+    with io.BufferedReader(CountedFile(path, progress.bytes), 1 << 20) as file:
         try:
             for item in reader.read(file, name):
                 count += 1
@@ -237,7 +241,7 @@ def define_flags() -> None:
 def main(_) -> None:
     given = flags.FLAGS
     option_names = {field.name for format in FORMATS.values() for field in dataclasses.fields(format)} - {"source"}
-    options = {name: given[name].value for name in sorted(option_names) if given[name].value is not None}
+    options = {name: str(given[name].value) for name in sorted(option_names) if given[name].value is not None}
     try:
         convert(
             Conversion(

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 KEPT_FILES = 100
 KEPT_BYTES = 32 << 20
@@ -33,7 +34,7 @@ class Quarantine:
     def __init__(self, folder: pathlib.Path, part: int):
         self._folder = folder
         self._part = part
-        self._lines = None
+        self._lines: IO[str] | None = None
         self._kept_files = self._kept_bytes = 0
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, Rejected] = {}

@@ -7,10 +7,11 @@ that is broken (UNREADABLE): what it has yielded before is kept. It raises Value
 """
 
 import dataclasses
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import pyarrow
 
@@ -37,7 +38,7 @@ UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, pyarrow.ArrowExce
 class Reader(Protocol):
     source: str
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]: ...
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]: ...
 
 
 def reader(format: str, source: str, options: dict[str, str]) -> Reader:

@@ -63,8 +63,8 @@ class _Tar:
 
     def read(self, name: str) -> bytes:
         for candidate in candidates(name):
-            if candidate in self._members:
-                return self._tar.extractfile(self._members[candidate]).read()
+            if candidate in self._members and (member := self._tar.extractfile(self._members[candidate])):
+                return member.read()
         raise MissingImage(f"{name!r} is not in {self._path}")
 
 

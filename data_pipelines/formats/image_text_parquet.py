@@ -5,8 +5,8 @@ The other columns become the document's metadata.
 """
 
 import dataclasses
+import io
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_pipelines.document import Document
 from data_pipelines.formats.found_images import MissingImage, image_bytes
@@ -21,7 +21,7 @@ class ImageTextParquet:
     text_column: str = "text"
     image_root: str = ""
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
         wanted = {self.image_column: "--image_column", self.text_column: "--text_column"}
         for number, row in rows(file, name, wanted):
             id = f"{name}/{number}"

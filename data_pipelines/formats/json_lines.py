@@ -4,16 +4,16 @@ The other keys become the document's metadata; a document is called by its "id" 
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_pipelines.document import Document
 from data_pipelines.formats.streams import decompressed
 from data_pipelines.rejects import Rejected
 
 
-def json_objects(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, dict] | Rejected]:
+def json_objects(file: io.BufferedIOBase, name: str) -> Iterator[tuple[int, bytes, dict] | Rejected]:
     """Yields (line number from 1, the line, its object); blank lines are passed over."""
     for number, line in enumerate(decompressed(file), 1):
         if not line.strip():
@@ -32,7 +32,7 @@ class JsonLines:
     source: str
     text_key: str = "text"
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
         for item in json_objects(file, name):
             if isinstance(item, Rejected):
                 yield item

@@ -5,8 +5,8 @@ image between them are joined by a line break.
 """
 
 import dataclasses
+import io
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_pipelines.document import Document, Part
 from data_pipelines.formats.found_images import MissingImage, image_bytes
@@ -19,7 +19,7 @@ class Mmc4:
     source: str
     image_root: str = ""
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
         for item in json_objects(file, name):
             if isinstance(item, Rejected):
                 yield item

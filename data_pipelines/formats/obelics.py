@@ -5,9 +5,10 @@ Images are URLs or file names, looked up in --image_root, or encoded bytes, or s
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_pipelines.document import Document, Part
 from data_pipelines.formats.found_images import MissingImage, image_bytes
@@ -20,7 +21,7 @@ class Obelics:
     source: str
     image_root: str = ""
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
         wanted = {"images": "--format=obelics needs it", "texts": "--format=obelics needs it"}
         for number, row in rows(file, name, wanted):
             id = f"{name}/{number}"

@@ -1,14 +1,15 @@
 """Rows of a parquet file, with the columns checked first."""
 
+import io
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow.parquet
 
 ROWS_AT_ONCE = 64  # images make rows large
 
 
-def rows(file: BinaryIO, name: str, wanted: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(file: io.BufferedIOBase, name: str, wanted: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number, {column: value}). `wanted` maps each column that must exist to what chooses it."""
     table = pyarrow.parquet.ParquetFile(file)
     found = table.schema_arrow.names

@@ -8,9 +8,9 @@ start:REGEX       a document begins at each line that REGEX matches ("start:^ = 
 """
 
 import dataclasses
+import io
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_pipelines.document import Document
 from data_pipelines.formats.streams import decompressed
@@ -32,8 +32,12 @@ class PlainText:
             raise ValueError(
                 f"--split_on={self.split_on}: separator: and start: take one line of text, the others none"
             )
+        try:
+            re.compile(argument if rule == "start" else "")
+        except re.error as e:
+            raise ValueError(f"--split_on={self.split_on}: not a regular expression ({e})") from e
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
         for number, data in enumerate(self._pieces(decompressed(file))):
             id = f"{name}/{number}"
             try:
@@ -43,10 +47,10 @@ class PlainText:
                 continue
             yield Document(id, self.source, (text,))
 
-    def _pieces(self, stream: BinaryIO) -> Iterator[bytes]:
+    def _pieces(self, stream: io.BufferedIOBase) -> Iterator[bytes]:
         """The documents' bytes, without separators and the line breaks beside them; blank ones are left out."""
         rule, _, argument = self.split_on.partition(":")
-        start = re.compile(argument.encode())
+        start = re.compile(argument.encode() if rule == "start" else b"")
         piece: list[bytes] = []
         for line in stream:
             *ends, rest = line.split(argument.encode()) if rule == "separator" else [line]

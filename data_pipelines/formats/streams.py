@@ -1,14 +1,13 @@
 """Compressed files as plain streams of bytes."""
 
 import io
-from typing import BinaryIO
 
 import pyarrow
 
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 
 
-def decompressed(file: BinaryIO) -> BinaryIO:
+def decompressed(file: io.BufferedIOBase) -> io.BufferedIOBase:
     """The contents of a seekable file that is plain or compressed (gzip, zstd, bz2), which its first bytes tell.
 
     Reading raises OSError when the compressed data is damaged or ends too early.
@@ -20,4 +19,4 @@ def decompressed(file: BinaryIO) -> BinaryIO:
             return io.BufferedReader(
                 pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), compression), 1 << 20
             )
-    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 1 << 20)
+    return file

@@ -5,11 +5,11 @@ compressed as a whole. Other members (KEY.cls, ...) are passed over.
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data_pipelines.document import Document
 from data_pipelines.formats.streams import decompressed
@@ -25,7 +25,7 @@ class _CheckedTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing in typeshed
             raise
         except tarfile.HeaderError as e:
             raise tarfile.ReadError(f"the tar ends, or is damaged, at byte {tar.offset:,} ({e})") from e
@@ -35,19 +35,21 @@ class _CheckedTarInfo(tarfile.TarInfo):
 class WebDataset:
     source: str
 
-    def read(self, file: BinaryIO, name: str) -> Iterator[Document | Rejected]:
-        key, members = "", {}
+    def read(self, file: io.BufferedIOBase, name: str) -> Iterator[Document | Rejected]:
+        key = ""
+        members: dict[str, bytes] = {}
         with tarfile.open(fileobj=decompressed(file), mode="r|", tarinfo=_CheckedTarInfo) as tar:
             for member in tar:
                 path = pathlib.PurePosixPath(member.name)
                 stem, _, extension = path.name.partition(".")
-                if not member.isfile() or not stem:
+                contents = tar.extractfile(member)
+                if contents is None or not stem:  # folders
                     continue
                 if str(path.parent / stem) != key:
                     yield from self._record(name, key, members)
                     key, members = str(path.parent / stem), {}
                 if extension.lower() in (*IMAGES, "txt", "json"):
-                    members[extension.lower()] = tar.extractfile(member).read()
+                    members[extension.lower()] = contents.read()
         yield from self._record(name, key, members)
 
     def _record(self, name: str, key: str, members: dict[str, bytes]) -> Iterator[Document | Rejected]:
