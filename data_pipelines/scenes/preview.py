@@ -9,7 +9,7 @@ from data_pipelines.document import Document
 from data_pipelines.scenes.corpus import QUESTIONS, SOURCES, Corpus
 
 _COLUMNS = 3
-_TILE = 104  # pixels of a shown image
+_TILE = 128  # pixels of a shown image
 _WIDTH = 4 * (_TILE + 4) + 12  # of a cell: four images
 _LINE = 16
 
@@ -25,7 +25,7 @@ def _cell(document: Document) -> np.ndarray:
     number = iter(range(1, len(images) + 1))
     words = " ".join(p if isinstance(p, str) else f"[{next(number)}]" for p in document.parts)
     about = [document.source, *(str(document.metadata[k]) for k in ("kind", "combination") if k in document.metadata)]
-    lines = [f"{', '.join(about)}:", *textwrap.wrap(words, 62)]
+    lines = [f"{', '.join(about)}:", *textwrap.wrap(words, 76)]
     top = _TILE + 8 if images else 0
     cell = np.full((top + _LINE * len(lines) + 14, _WIDTH, 3), 255, np.uint8)
     for k, data in enumerate(images):

@@ -110,10 +110,7 @@ class Scene:
 
 
 def _pick_pairs(rng: random.Random, level: Level, count: int, first: Pair | None) -> list[Pair]:
-    """`count` different pairs seen in training, save that `first` may be any.
-
-    A kind comes once as long as the kinds last, so that "the circle" is one object.
-    """
+    """`count` pairs of different kinds, so that "the circle" is one object: seen in training, but for `first`."""
     chosen = [first] if first else []
     while len(chosen) < count:
         pair = rng.choice(level.seen)

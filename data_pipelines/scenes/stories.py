@@ -27,10 +27,10 @@ def some_scene(rng: random.Random, level: Level, first: Pair | None = None) -> S
     return sample(rng, level, first=first)
 
 
-def some_change(rng: random.Random, level: Level, scene: Scene, pair: Pair | None = None) -> tuple[Scene, Change]:
+def some_change(rng: random.Random, level: Level, scene: Scene) -> tuple[Scene, Change]:
     """The scene after a change of a random kind among those possible in it."""
     for kind in rng.sample(list(CHANGES), len(CHANGES)):
-        outcome = change(rng, level, scene, kind, pair)
+        outcome = change(rng, level, scene, kind)
         if outcome is not None:
             return outcome
     raise AssertionError(f"nothing can change in {scene}")  # one object can always be recoloured or joined
@@ -149,8 +149,8 @@ def question(rng: random.Random, level: Level, kind: str, combination: str) -> t
     """A question of `kind` about a pair of `combination`, "seen" or "held_out" -> (story, choices).
 
     The story is one or two pictures, the question, the answer. Answers are drawn evenly: any number, any pair.
-    `choices` is how many objects a guesser who sees all but their places would choose from, for left, right, top
-    and bottom; else 0.
+    `choices` is how many answers a guesser who sees all but places would choose from, for left, right, top and
+    bottom; else 0.
     """
     pairs = level.held_out if combination == "held_out" else level.seen
     wanted = rng.choice(NUMBERS[1 if level.slots else 0 : level.most + 1])  # if it is a count
@@ -164,7 +164,7 @@ def question(rng: random.Random, level: Level, kind: str, combination: str) -> t
         scene = some_scene(rng, level, first=pair)
         for q in language.questions(rng, level, scene):
             if q.kind == kind and _is_about(q, pair, wanted):
-                choices = len(scene.objects) if kind in ("left", "right", "top", "bottom") else 0
+                choices = len({o.pair for o in scene.objects}) if kind in ("left", "right", "top", "bottom") else 0
                 return (scene, q.text, q.answer), choices
 
 
