@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from nmm_jax.parallel.batches import local_rows, to_global
-from nmm_jax.parallel.mesh import batch_shards
+from nmm_jax.parallel.mesh import BATCH_AXES
 
 
 def size_on(mesh: Mesh, rows: int) -> int:
     """`rows`, rounded up so that every device gets as many."""
-    shards = batch_shards(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return math.ceil(rows / shards) * shards
 
 

@@ -11,7 +11,7 @@ class Estimate:
     """A number and the standard deviation of its estimator."""
 
     value: float
-    standard_error: float
+    standard_error: float | None  # None from a single cluster
 
 
 def ratio(numerators: Float[np.ndarray, "n"], denominators: Float[np.ndarray, "n"]) -> Estimate:
@@ -29,7 +29,7 @@ def ratio(numerators: Float[np.ndarray, "n"], denominators: Float[np.ndarray, "n
         raise ValueError(f"a ratio over {len(y)} clusters whose denominators sum to {y.sum()}")
     value = x.sum() / y.sum()
     if len(y) < 2:
-        return Estimate(float(value), float("nan"))
+        return Estimate(float(value), None)
     variance = len(y) / (len(y) - 1) * np.square(x - value * y).sum()
     return Estimate(float(value), float(np.sqrt(variance) / y.sum()))
 

@@ -1,0 +1,67 @@
+"""The numbers of one evaluation: kept as JSON in the run's folder, shown as a table on the terminal."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+Results = dict[str, Any]  # docs/evaluation.md lists the keys
+
+
+def table(results: Results) -> str:
+    """What the terminal shows."""
+    lines = [f"step {results['step']}"]
+    if "held_out" in results:
+        lines += ["", f"{'held-out loss (nats a token)':30}{'loss':>15}{'shuffled images':>18}{'drop':>14}{'rows':>7}"]
+        for source, loss in results["held_out"].items():
+            shuffled, drop = results["shuffled_images"].get(source), results["image_gain"].get(source)
+            lines.append(
+                f"  {source:28}{_pm(loss['loss'], loss['standard_error'], 4):>15}"
+                + (f"{_pm(shuffled['loss'], shuffled['standard_error'], 4):>18}" if shuffled else f"{'-':>18}")
+                + (f"{_pm(drop['drop'], drop['standard_error'], 1, 100) + '%':>14}" if drop else f"{'-':>14}")
+                + f"{loss['rows']:>7}"
+            )
+    if "questions" in results:
+        lines += [
+            "",
+            f"{'questions (% right)':30}{'accuracy':>15}{'base':>8}{'gain':>8}{'seen':>8}{'held out':>10}{'n':>7}",
+        ]
+        for kind, score in results["questions"].items():
+            inner = [score.get(part) for part in ("seen", "held_out_combinations")]
+            seen, unseen = (f"{100 * part['accuracy']:.1f}" if part else "" for part in inner)
+            accuracy = _pm(score["accuracy"], score["standard_error"], 1, 100)
+            lines.append(
+                f"  {kind:28}{accuracy:>15}{100 * score['base']:>8.1f}{100 * score['gain']:>+8.1f}"
+                f"{seen:>8}{unseen:>10}{score['count']:>7}"
+            )
+    return "\n".join(lines + [f"\nnote: {note}" for note in results["notes"]])
+
+
+def _pm(value: float, error: float | None, digits: int, scale: float = 1) -> str:
+    return f"{scale * value:.{digits}f}" + ("" if error is None else f" ±{scale * error:.{digits}f}")
+
+
+def path_of(workdir: str, step: int) -> pathlib.Path:
+    """Where the evaluation of a step is kept."""
+    return pathlib.Path(workdir) / "evaluation" / f"{step}.json"
+
+
+def save(results: Results, workdir: str) -> pathlib.Path:
+    """Keeps the results in the run's folder, beside what other tasks measured of the same step before."""
+    path = path_of(workdir, results["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write((read(workdir, results["step"]) or {}) | results, path)
+    return path
+
+
+def write(results: Results, path: str | os.PathLike) -> None:
+    """Writes the file as a whole or not at all."""
+    unfinished = pathlib.Path(f"{path}.incomplete")
+    unfinished.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
+
+
+def read(workdir: str, step: int) -> Results | None:
+    """What was measured of a step; None if nothing was yet."""
+    path = path_of(workdir, step)
+    return json.loads(path.read_text()) if path.exists() else None
