@@ -24,7 +24,9 @@ def usable(document: Document, file: str, verify: str, max_pixels: int) -> tuple
     left_out: list[Rejected] = []
     for k, part in enumerate(document.parts):
         if isinstance(part, str):
-            if part.strip():
+            if part.strip() and parts and isinstance(parts[-1], str):
+                parts[-1] += "\n\n" + part  # what stood between them is gone
+            elif part.strip():
                 parts.append(part)
         elif problem := image_problem(part, verify, max_pixels):
             id = document.id if len(document.images) == 1 else f"{document.id}#{k}"

@@ -80,7 +80,9 @@ def convert(
     """
     files = input_files(inputs)
     folder = DatasetFolder(output, overwrite)
-    parts = [(folder.path, part, group) for part, group in enumerate(_grouped(files, conversion.shard_bytes))]
+    names = document_prefixes(files)
+    groups = _grouped(files, conversion.shard_bytes)
+    parts = [(folder.path, part, [(f, names[f]) for f in group]) for part, group in enumerate(groups)]
     context = multiprocessing.get_context("spawn")
     progress = Progress(context)
     with folder, progress.shown(sum(map(os.path.getsize, files))):
@@ -110,6 +112,15 @@ def input_files(patterns: Sequence[str]) -> list[str]:
             raise FileNotFoundError(f"--input={pattern} names no file (looked in {os.getcwd()})")
         files.update(found)
     return sorted(files)
+
+
+def document_prefixes(files: Sequence[str]) -> dict[str, str]:
+    """What the ids of each file's documents begin with: its name, or where two share one, its path below them all."""
+    names = {file: os.path.basename(file) for file in files}
+    if len(set(names.values())) < len(files):
+        above = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+        names = {file: os.path.relpath(file, above) for file in files}
+    return names
 
 
 def report(card: dict, examples: Sequence[dict[str, Rejected]], folder: pathlib.Path) -> str:
@@ -149,7 +160,8 @@ def _in_processes(conversion, progress, parts, workers, context) -> list[Convert
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_process, (conversion, progress)) as pool:
         futures = [pool.submit(_convert_in_process, *part) for part in parts]
         try:
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for future in concurrent.futures.as_completed(futures):
+                future.result()  # the first error ends the run, whichever part it is in
             return [future.result() for future in futures]
         except concurrent.futures.process.BrokenProcessPool as e:
             raise OSError(
@@ -172,9 +184,9 @@ def _convert_in_process(*part) -> Converted:
 
 
 def _convert_part(
-    conversion: Conversion, progress: Progress, folder: pathlib.Path, part: int, files: Sequence[str]
+    conversion: Conversion, progress: Progress, folder: pathlib.Path, part: int, files: Sequence[tuple[str, str]]
 ) -> Converted:
-    """Converts some files into shards of their own in the unfinished folder."""
+    """Converts some files, given with their prefixes, into shards of their own in the unfinished folder."""
     writer = ShardWriter(folder, part, conversion.shard_bytes, conversion.licence)
     quarantine = Quarantine(folder / "rejected", part)
 
@@ -183,8 +195,7 @@ def _convert_part(
         progress.add(progress.rejected, 1)
 
     try:
-        for path in files:
-            name = os.path.basename(path)
+        for path, name in files:
             for item in _records(conversion.reader, path, name, progress):
                 if isinstance(item, Rejected):
                     reject(item)

@@ -291,6 +291,7 @@ class DatasetFolder:
         (self.path / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
         if self.final.exists():
             replaced = self.final.with_name(self.final.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.final, replaced)
             os.rename(self.path, self.final)
             shutil.rmtree(replaced)

@@ -137,7 +137,7 @@ def test_an_interleaved_document_loses_its_bad_images_only(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
     run("obelics", [tmp_path / "in.parquet"], tmp_path / "out")
-    assert [d.parts for d in Dataset.open(tmp_path / "out")] == [(good, "a", "b"), ("e",)]
+    assert [d.parts for d in Dataset.open(tmp_path / "out")] == [(good, "a\n\nb"), ("e",)]
     assert [(r["id"].removeprefix("in.parquet/"), r["reason"]) for r in rejected(tmp_path / "out")] == [
         ("0#2", "bad image"),
         ("1#0", "bad image"),
@@ -221,9 +221,19 @@ def test_wrong_use_is_explained(tmp_path):
     with pytest.raises(ValueError, match="--verify=some"):
         run("jsonl", [tmp_path / "a.jsonl"], tmp_path / "out2", verify="some")
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "a.parquet")
+    for k in range(3):
+        pq.write_table(pa.table({"image": [picture(k)], "text": ["good"]}), tmp_path / f"{k}.parquet")
     with pytest.raises(ValueError, match="a.parquet has no column 'image'.*its columns are picture"):
-        run("image_text_parquet", [tmp_path / "a.parquet"], tmp_path / "out2", workers=2)
+        run("image_text_parquet", [tmp_path / "*.parquet"], tmp_path / "out2", workers=2, shard_bytes=10)
     assert not (tmp_path / "out2").exists() and not (tmp_path / "out2.incomplete").exists()
+
+
+def test_files_of_one_name_in_two_folders_keep_their_documents_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.jsonl").write_text('{"text": "fine"}\n')
+    run("jsonl", [tmp_path / "*/0.jsonl"], tmp_path / "out")
+    assert [d.id for d in Dataset.open(tmp_path / "out")] == ["a/0.jsonl:1", "b/0.jsonl:1"]
 
 
 def test_rejected_bytes_are_bounded(tmp_path, monkeypatch):
