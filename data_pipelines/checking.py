@@ -20,6 +20,7 @@ def is_held_out(id: str, fraction: float) -> bool:
 
 def usable(document: Document, file: str, verify: str, max_pixels: int) -> tuple[Document | None, list[Rejected]]:
     """The document without its unusable images and blank texts, or None, and what was left out with the reasons."""
+    found = len(document.images)
     parts: list[Part] = []
     left_out: list[Rejected] = []
     for k, part in enumerate(document.parts):
@@ -29,16 +30,16 @@ def usable(document: Document, file: str, verify: str, max_pixels: int) -> tuple
             elif part.strip():
                 parts.append(part)
         elif problem := image_problem(part, verify, max_pixels):
-            id = document.id if len(document.images) == 1 else f"{document.id}#{k}"
+            id = document.id if found == 1 else f"{document.id}#{k}"
             left_out.append(Rejected(id, file, *problem, part))
         else:
             parts.append(part)
     if not any(isinstance(part, str) for part in parts):
         left_out.append(Rejected(document.id, file, "empty text", "no text but white space"))
         return None, left_out
-    if document.images and not any(isinstance(part, bytes) for part in parts):
-        if len(document.images) > 1:
-            left_out.append(Rejected(document.id, file, "no image left", f"none of {len(document.images)} is usable"))
+    if found and not any(isinstance(part, bytes) for part in parts):
+        if found > 1:
+            left_out.append(Rejected(document.id, file, "no image left", f"none of {found} is usable"))
         return None, left_out
     return dataclasses.replace(document, parts=tuple(parts)), left_out
 

@@ -271,6 +271,8 @@ def main(_) -> None:
         )
     except (ValueError, OSError) as e:
         sys.exit(f"convert: {e}")
+    except KeyboardInterrupt:
+        sys.exit("convert: interrupted; no dataset was made")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Conversion as a whole: what is kept, what is turned away, and that neither hangs on the number of processes."""
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -21,6 +23,7 @@ from data_pipelines import rejects, store
 from data_pipelines.checking import is_held_out
 from data_pipelines.convert import Conversion, convert
 from data_pipelines.formats import reader
+from data_pipelines.progress import CountedFile, Progress
 from data_pipelines.store import Dataset
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -244,6 +247,21 @@ def test_rejected_bytes_are_bounded(tmp_path, monkeypatch):
     records = rejected(tmp_path / "out")
     assert len(records) == 20 and [r["data"] for r in records] == [f"00000{k}.bin" for k in range(3)] + [None] * 17
     assert sorted(os.listdir(tmp_path / "out" / "rejected")) == [f"00000{k}.bin" for k in range(3)] + ["rejected.jsonl"]
+
+
+def test_progress_ends_at_the_size_of_the_input(tmp_path):
+    """Parquet reads its footer twice and passes over columns; a broken file is left early: each counts once, in full."""
+    pq.write_table(pa.table({"images": [[picture(1)]] * 9, "texts": [[None]] * 9}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1" + bytes(1000))
+    progress = Progress(multiprocessing.get_context("spawn"))
+    size = 0
+    for name in ("a.parquet", "b.parquet"):
+        size += (tmp_path / name).stat().st_size
+        with io.BufferedReader(CountedFile(str(tmp_path / name), progress.bytes)) as file:
+            with contextlib.suppress(pa.ArrowException):
+                list(reader("obelics", "demo", {}).read(file, name))
+            assert progress.bytes.value <= size
+        assert progress.bytes.value == size
 
 
 def command(*arguments):
