@@ -1,6 +1,6 @@
 """Tokenizers: bytes, or any Hugging Face tokenizer.json that has the six special tokens.
 
-    python -m data_pipelines.tokenizer train --input=data/captions,data/text --vocab_size=16384 --output=data/tokenizer.json
+    python -m data_pipelines.tokenizer train --input=data/captions,data/text --output=data/tokenizer.json
     python -m data_pipelines.tokenizer prepare --input=theirs/tokenizer.json --output=data/tokenizer.json
 
 `prepare` adds the special tokens to a tokenizer that lacks them. The ids of a model's tokens are a tokenizer's; so
