@@ -8,7 +8,6 @@ from data_pipelines.document import Document, Part
 from data_pipelines.rejects import Rejected
 
 VERIFY = ("decode", "header", "none")
-MAX_PIXELS = 64_000_000  # of one image: more than most cameras', less than what would fill the memory
 
 
 def is_held_out(id: str, fraction: float) -> bool:
@@ -53,7 +52,7 @@ def image_problem(data: bytes, verify: str, max_pixels: int) -> tuple[str, str] 
         if width * height > max_pixels:
             return "image too large", f"{format} of {width}x{height} pixels, --max_pixels={max_pixels}"
         if verify == "decode":
-            images.decode(data)
+            images.decode(data, max_pixels)
     except images.BadImage as e:
         return "bad image", str(e)
     return None

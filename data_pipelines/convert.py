@@ -24,9 +24,10 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from data_pipelines import rejects
-from data_pipelines.checking import MAX_PIXELS, VERIFY, is_held_out, usable
+from data_pipelines.checking import VERIFY, is_held_out, usable
 from data_pipelines.document import Document
 from data_pipelines.formats import FORMATS, UNREADABLE, Reader, reader
+from data_pipelines.images import MAX_PIXELS
 from data_pipelines.progress import CountedFile, Progress
 from data_pipelines.rejects import Quarantine, Rejected
 from data_pipelines.store import HELD_OUT, SHARD_BYTES, TRAIN, DatasetFolder, Shard, ShardWriter
@@ -50,8 +51,10 @@ class Conversion:
             raise ValueError(
                 f"--held_out={self.held_out} is no fraction of the documents; it is at least 0 and below 1"
             )
-        if self.shard_bytes <= 0 or self.max_pixels <= 0:
-            raise ValueError(f"--shard_bytes={self.shard_bytes} and --max_pixels={self.max_pixels} must be positive")
+        if not 0 < self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"--max_pixels={self.max_pixels} is not in 1..{MAX_PIXELS}, what training decodes")
+        if self.shard_bytes <= 0:
+            raise ValueError(f"--shard_bytes={self.shard_bytes} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

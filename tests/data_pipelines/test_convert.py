@@ -223,6 +223,8 @@ def test_wrong_use_is_explained(tmp_path):
         run("jsonl", [tmp_path / "a.jsonl"], tmp_path / "out2", held_out=2)
     with pytest.raises(ValueError, match="--verify=some"):
         run("jsonl", [tmp_path / "a.jsonl"], tmp_path / "out2", verify="some")
+    with pytest.raises(ValueError, match="--max_pixels=1000000000 is not in"):
+        run("jsonl", [tmp_path / "a.jsonl"], tmp_path / "out2", max_pixels=10**9)
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "a.parquet")
     for k in range(3):
         pq.write_table(pa.table({"image": [picture(k)], "text": ["good"]}), tmp_path / f"{k}.parquet")
@@ -250,7 +252,7 @@ def test_rejected_bytes_are_bounded(tmp_path, monkeypatch):
 
 
 def test_progress_ends_at_the_size_of_the_input(tmp_path):
-    """Parquet reads its footer twice and passes over columns; a broken file is left early: each counts once, in full."""
+    """Parquet reads its footer twice and passes over columns; a broken file is left early: each counts once."""
     pq.write_table(pa.table({"images": [[picture(1)]] * 9, "texts": [[None]] * 9}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"PAR1" + bytes(1000))
     progress = Progress(multiprocessing.get_context("spawn"))
