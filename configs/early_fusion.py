@@ -82,5 +82,5 @@ def get_config(argument: str = "275m"):
 
 
 def warmup(steps: int) -> int:
-    """The paper's: 1,000 steps for runs of up to 4,000, 2,500 up to 15,000, 5,000 beyond; at most a quarter of a run."""
+    """The paper's: 1,000 steps for runs of up to 4,000, 2,500 up to 15,000, else 5,000; at most a quarter of a run."""
     return min(steps // 4, 1_000 if steps <= 4_000 else 2_500 if steps <= 15_000 else 5_000)

@@ -1,0 +1,89 @@
+"""Counting against the real parameter tree, the paper's numbers and brute force."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import early_fusion, quickstart, small
+from configs.base import base
+from nmm_jax.models import build
+from nmm_jax.scaling.counting import attended_pairs, count, memory
+
+PAPER = {"275m": 274.8, "464m": 464.0, "932m": 931.7, "1.6b": 1626.8, "2.3b": 2279.9, "3.4b": 3354.2, "8b": 8129.1}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_ladder(size):
+    assert round(count(early_fusion.get_config(size)).paper_parameters / 1e6, 1) == PAPER[size]
+
+
+def changed(**model):
+    c = base()
+    c.model.update(model)
+    return c
+
+
+CONFIGS = [
+    quickstart.get_config(),
+    small.get_config(),
+    *(early_fusion.get_config(size) for size in early_fusion.SIZES),
+    changed(tie_embeddings=True),
+    changed(kv_heads=4, qk_norm="full"),
+    changed(kv_heads=2, qk_norm="head", head_dim=40, patch_positions=True),
+    changed(qk_norm="none", norm="layernorm", ffn_width=1000, norm_position="post", scan_layers=False),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_counts_equal_the_parameter_tree(config):
+    abstract = build(config).abstract
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    counts = count(config)
+    layers = abstract["layers"]
+    norms = {k: v for k, v in layers["attention"].items() if k.endswith("norm")}
+    assert counts.parts == {
+        "token_embedding": size(abstract["embed"]),
+        "patch_embedding": size(abstract["patches"]),
+        "attention": size(layers["attention"]) - size(norms),
+        "ffn": size(layers["ffn"]),
+        "norms": size([norms, layers["attention_norm"], layers["ffn_norm"], abstract["final_norm"]]),
+        "head": size(abstract.get("head")),
+    }
+    assert counts.parameters == counts.active_parameters == size(abstract)
+    assert memory(config)["parameters"] == 4 * size(abstract)
+
+
+def test_attended_pairs_equal_brute_force():
+    r = np.random.default_rng(0)
+    segments, until = np.zeros((5, 40), int), np.zeros((5, 40), int)
+    for b in range(4):  # the last row is all padding
+        cuts = np.sort(r.choice(np.arange(1, 38), 3, replace=False))
+        for n, (start, stop) in enumerate(zip([0, *cuts[:2]], cuts, strict=True)):
+            segments[b, start:stop] = n + 1
+    until[:] = np.arange(40) + 1
+    until[:, 3:9] = 9  # an image, which segments may cut
+    seen = (segments[:, :, None] == segments[:, None, :]) & (np.arange(40) < until[:, :, None])
+    assert attended_pairs(segments, until) == (seen & (segments[:, :, None] > 0)).sum()
+
+
+def test_flops_of_products_equal_xlas():
+    """XLA counts one unrolled layer right; norms and softmax it counts too, hence the few percent."""
+    c = base()
+    c.image.size, c.image.patch, c.image.positions, c.image.per_row = 32, 8, 16, 2
+    c.model.update(dict(depth=1, width=256, heads=4, vocab_size=1024, dtype="float32", scan_layers=False, remat="none"))
+    c.model.attention = "reference"
+    model, rows, length = build(c), 2, 128
+    ints = jax.ShapeDtypeStruct((rows, length), "int32")
+    batch = {k: ints for k in ("tokens", "segment_ids", "attend_until", "positions", "image_index")}
+    batch["images"] = jax.ShapeDtypeStruct((rows, 2, 32, 32, 3), "uint8")
+    logits = lambda p, b: model.hidden(p, b)[0] @ model.unembedding(p)  # noqa: E731
+    found = jax.jit(logits).lower(model.abstract, batch).compile().cost_analysis()["flops"]
+    dense_pairs = rows * length**2  # the reference computes all of them
+    expected = count(c).forward_flops(rows * length, dense_pairs, rows * 2 * 16)
+    assert expected < found < 1.06 * expected
+
+
+def test_training_flops_are_six_per_parameter_and_position():
+    counts = count(early_fusion.get_config("8b"))
+    embedding = counts.parts["token_embedding"]  # looked up, not multiplied
+    assert counts.training_flops(1, 0, 0) == 6 * (counts.paper_parameters - embedding)
