@@ -9,12 +9,12 @@ import os
 import random
 from collections.abc import Callable
 
-from data_pipelines import tokenizer
 from data_pipelines.document import Document, Part
 from data_pipelines.scenes import language, stories
 from data_pipelines.scenes.render import encode, render
 from data_pipelines.scenes.scene import LEVELS, Level
 from data_pipelines.store import DatasetWriter
+from data_pipelines.tokenizer import train_words
 
 SOURCES: dict[str, Callable[[random.Random, Level], stories.Story]] = {
     "captions": stories.captions,
@@ -88,7 +88,7 @@ class Corpus:
         with open(os.path.join(root, "sample.png"), "wb") as f:
             f.write(self.question(asked_side).images[0])
         words = " ".join(language.vocabulary(LEVELS[self.level]))
-        tokenizer.train_words([words], os.path.join(root, "tokenizer.json"))
+        train_words([words], os.path.join(root, "tokenizer.json"))
 
     def _rng(self, *what: str | int) -> random.Random:
         # A string is hashed in full, and on every platform alike.
