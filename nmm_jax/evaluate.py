@@ -20,15 +20,12 @@ from data_pipelines import store
 from data_pipelines.plan import ensure_plans
 from data_pipelines.stream import Stream
 from data_pipelines.tokenizer import Tokenizer
-from nmm_jax.evaluation import questions, restored, results
+from nmm_jax.evaluation import questions, results
 from nmm_jax.evaluation.held_out import held_out_loss, make_row_sums
+from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.training.checkpoints import Run
 
 TASKS = ("held_out", "questions")
-
-_TASKS = flags.DEFINE_list("tasks", list(TASKS), f"which of {', '.join(TASKS)}")
-_ROWS = flags.DEFINE_integer("rows", None, "held-out rows of each source, at most; evaluation.rows unless given", 1)
-_OUTPUT = flags.DEFINE_string("output", None, "also write the JSON here")
 
 
 def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) -> results.Results:
@@ -88,18 +85,21 @@ def _require_held_out(run: Run) -> None:
             )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-    run, tokenizer = restored.restore()
-    found = evaluate(run, tokenizer, _TASKS.value, _ROWS.value or run.config.evaluation.rows)
-    if jax.process_index() == 0:
-        print(results.table(found), flush=True)
-        logging.info("wrote %s", results.save(found, restored.workdir()))
-        if _OUTPUT.value:
-            results.write(found, _OUTPUT.value)
-
-
 if __name__ == "__main__":
-    restored.require()
+    RUN = RunFlags()
+    TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), f"which of {', '.join(TASKS)}")
+    ROWS = flags.DEFINE_integer("rows", 0, "held-out rows of each source, at most; 0 is evaluation.rows", 0)
+    OUTPUT = flags.DEFINE_string("output", "", "also write the JSON here")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+        run, tokenizer = RUN.restore()
+        found = evaluate(run, tokenizer, TASK_NAMES.value, ROWS.value or run.config.evaluation.rows)
+        if jax.process_index() == 0:
+            print(results.table(found), flush=True)
+            logging.info("wrote %s", results.save(found, RUN.workdir))
+            if OUTPUT.value:
+                results.write(found, OUTPUT.value)
+
     app.run(main)

@@ -18,20 +18,11 @@ from absl import app, flags
 
 from data_pipelines.document import Document, Part
 from data_pipelines.tokenizer import Tokenizer
-from nmm_jax.evaluation import restored
+from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.evaluation.sampling import Sampler, Sampling
 
 MARK = "<image>"
 _BATCH = 8  # prompts of a file that are continued together
-
-_PROMPT = flags.DEFINE_string("prompt", None, f"text, with {MARK} where an image goes")
-_IMAGE = flags.DEFINE_multi_string("image", [], "file of the next image; give it once per mark")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'instead: a file of lines {"prompt": ..., "images": [files]}')
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "at most so many tokens are written")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 samples from the model")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0 is all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that together have this probability")
-_SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 
 
 def read_prompt(text: str, images: Sequence[str], name: str = "the prompt") -> Document:
@@ -93,29 +84,38 @@ def as_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[str]
         yield rest
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-    if (_PROMPT.value is None) == (_PROMPTS.value is None):
-        raise app.UsageError("give either --prompt or --prompts")
-    sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    if _PROMPT.value is not None:
-        prompts = [read_prompt(_PROMPT.value, _IMAGE.value, "--prompt")]
-    else:
-        prompts = read_prompts(_PROMPTS.value)
-    run, tokenizer = restored.restore()
-    speaks = jax.process_index() == 0
-    if _PROMPT.value is not None:
-        for piece in as_text(Sampler(run, tokenizer).stream(prompts, sampling, _SEED.value), tokenizer):
-            print(piece if speaks else "", end="", flush=True)
-        print()
-        return
-    written = Sampler(run, tokenizer, min(_BATCH, len(prompts))).generate(prompts, sampling, _SEED.value, "prompts")
-    for prompt, tokens in zip(prompts, written, strict=True):
-        if speaks:
-            print(json.dumps({"prompt": " ".join(prompt.texts), "text": tokenizer.decode(tokens)}), flush=True)
-
-
 if __name__ == "__main__":
-    restored.require()
+    RUN = RunFlags()
+    PROMPT = flags.DEFINE_string("prompt", None, f"text, with {MARK} where an image goes")
+    IMAGE = flags.DEFINE_multi_string("image", [], "file of the next image; give it once per mark")
+    PROMPTS = flags.DEFINE_string("prompts", None, 'instead: a file of lines {"prompt": ..., "images": [files]}')
+    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "at most so many tokens are written", 1)
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 samples from the model")
+    TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0 is all")
+    TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that together have this probability")
+    SEED = flags.DEFINE_integer("seed", 0, "of the samples")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+        if (PROMPT.value is None) == (PROMPTS.value is None):
+            raise app.UsageError("give either --prompt or --prompts")
+        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+        if PROMPT.value is None:
+            prompts = read_prompts(PROMPTS.value)
+        else:
+            prompts = [read_prompt(PROMPT.value, IMAGE.value)]
+        run, tokenizer = RUN.restore()
+        sampler = Sampler(run, tokenizer, min(_BATCH, len(prompts)))
+        speaks = jax.process_index() == 0
+        if PROMPT.value is None:
+            written = sampler.generate(prompts, MAX_TOKENS.value, sampling, SEED.value, "prompts")
+            for prompt, ids in zip(prompts, written, strict=True):
+                if speaks:
+                    print(json.dumps({"prompt": prompt.id, "text": tokenizer.decode(ids)}), flush=True)
+        else:
+            for piece in as_text(sampler.stream(prompts, MAX_TOKENS.value, sampling, SEED.value), tokenizer):
+                print(piece if speaks else "", end="", flush=True)
+            print()
+
     app.run(main)

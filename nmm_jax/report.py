@@ -19,30 +19,16 @@ from absl import app, flags, logging
 from configs import loading
 from data_pipelines import store
 from data_pipelines.tokenizer import Tokenizer
-from nmm_jax.evaluation import figures, gallery, questions, restored, results
+from nmm_jax.evaluation import figures, gallery, questions, results
+from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.evaluation.sampling import Sampler, Sampling
 from nmm_jax.training.checkpoints import Run
 
-_OUTPUT = flags.DEFINE_string("output", None, "the page; report.html in the run's folder unless given")
 _PICTURES = 12  # that are described
 _PER_KIND = 4  # questions of each other kind
 _TEXTS = 3
-_TEXT_SAMPLING = Sampling(max_tokens=60, temperature=0.7, top_p=0.95)
+_TEXT_SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 _BATCH = 8  # prompts continued together
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-    workdir = pathlib.Path(restored.workdir())
-    lines = read_metrics(workdir / "metrics.jsonl")
-    run, tokenizer = restored.restore()
-    evaluation = results.read(str(workdir), run.step)
-    page = render(run, lines, evaluation, examples(run, tokenizer), workdir.absolute().name)
-    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "report.html"
-    if jax.process_index() == 0:
-        output.write_text(page)
-        logging.info("wrote %s", output)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -109,6 +95,7 @@ def render(
         shown=shown,
         pixelated=run.config.image.size <= gallery.SMALL,
         text_sampling=_TEXT_SAMPLING,
+        most_tokens=gallery.MOST_TOKENS,
         config=loading.to_json(run.config),
     )
 
@@ -138,5 +125,19 @@ def facts(run: Run, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    restored.require()
+    RUN = RunFlags()
+    OUTPUT = flags.DEFINE_string("output", "", "the page; report.html in the run's folder unless given")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+        workdir = pathlib.Path(RUN.workdir)
+        lines = read_metrics(workdir / "metrics.jsonl")
+        run, tokenizer = RUN.restore()
+        evaluation = results.read(RUN.workdir, run.step)
+        page = render(run, lines, evaluation, examples(run, tokenizer), workdir.absolute().name)
+        output = pathlib.Path(OUTPUT.value or workdir / "report.html")
+        output.write_text(page)
+        logging.info("wrote %s", output)
+
     app.run(main)

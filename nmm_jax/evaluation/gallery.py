@@ -14,6 +14,7 @@ from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.sampling import Sampler, Sampling
 
 CAPTION = "caption"  # the kind of question whose answer describes the picture
+MOST_TOKENS = 64  # that are written of a caption or a text
 SMALL = 64  # pixels; up to here a picture is kept exactly
 
 
@@ -55,7 +56,7 @@ def answer(sampler: Sampler, tokenizer: Tokenizer, questions: Sequence[Document]
     """The model's answers, each as long as the true one; right as evaluation counts it, word for word."""
     prompts = [dataclasses.replace(q, parts=q.parts[:-1]) for q in questions]
     truths = [tokenizer.encode(q.texts[-1]).tolist() for q in questions]
-    written = sampler.generate(prompts, Sampling(max_tokens=max(map(len, truths), default=1)), title="answers")
+    written = sampler.generate(prompts, max(map(len, truths), default=0), title="answers")
     examples = []
     for question, truth, tokens in zip(questions, truths, written, strict=True):
         tokens = tokens[: len(truth)]
@@ -74,9 +75,9 @@ def answer(sampler: Sampler, tokenizer: Tokenizer, questions: Sequence[Document]
 
 
 def describe(sampler: Sampler, tokenizer: Tokenizer, captions: Sequence[Document], size: int) -> list[Example]:
-    """What the model says of each picture until it ends the document, at most 64 tokens."""
+    """What the model says of each picture until it ends the document, or MOST_TOKENS."""
     prompts = [dataclasses.replace(c, parts=c.images) for c in captions]
-    written = sampler.generate(prompts, Sampling(max_tokens=64), title="captions")
+    written = sampler.generate(prompts, MOST_TOKENS, title="captions")
     return [
         Example(CAPTION, "", _pictures(c, size), "", c.texts[0], tokenizer.decode(tokens), None)
         for c, tokens in zip(captions, written, strict=True)
@@ -90,7 +91,7 @@ def continue_texts(sampler: Sampler, tokenizer: Tokenizer, texts: Sequence[str],
         start = text[: min(400, max(1, len(text) // 3))]
         starts.append(start.rsplit(" ", 1)[0] if " " in start else start)
     prompts = [Document(f"text {i}", "text", (start,)) for i, start in enumerate(starts)]
-    written = sampler.generate(prompts, sampling, title="texts")
+    written = sampler.generate(prompts, MOST_TOKENS, sampling, title="texts")
     return [
         Example("text", "", (), start, text[len(start) :][:600], tokenizer.decode(tokens), None)
         for start, text, tokens in zip(starts, texts, written, strict=True)

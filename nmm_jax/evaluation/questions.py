@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from data_pipelines.document import Document
-from data_pipelines.rows import Geometry, build_documents
+from data_pipelines.geometry import Geometry
+from data_pipelines.rows import build_documents
 from data_pipelines.store import Dataset
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines.document import Document
-from data_pipelines.rows import Geometry, build_documents
+from data_pipelines.geometry import Geometry
+from data_pipelines.rows import build_documents
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.parallel.sharding import constrainer, replicated
@@ -21,14 +22,11 @@ from nmm_jax.training.checkpoints import Run
 class Sampling:
     """How the next token is chosen. The default is greedy."""
 
-    max_tokens: int = 64
     temperature: float = 0.0  # 0: the likeliest token
     top_k: int = 0  # only among the k likeliest; 0: all
     top_p: float = 1.0  # only among the likeliest that together reach this probability (arXiv:1904.09751)
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens = {self.max_tokens}; it must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature = {self.temperature}; it must not be negative (0 is greedy)")
         if self.top_k < 0:
@@ -69,6 +67,9 @@ def choose(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
+GREEDY = Sampling()
+
+
 class Sampler:
     """Continues prompts, `rows` at a time. A prompt is a document whose EOS is still to come."""
 
@@ -102,7 +103,9 @@ class Sampler:
         self._following = jax.jit(following, static_argnames="sampling", donate_argnames="cache")
         self._whole = jax.jit(lambda x: x, out_shardings=replicated(run.mesh))
 
-    def stream(self, prompts: Sequence[Document], sampling: Sampling, seed: int = 0) -> Iterator[np.ndarray]:
+    def stream(
+        self, prompts: Sequence[Document], max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
+    ) -> Iterator[np.ndarray]:
         """The next token of every prompt, step by step: int32 [prompts], -1 for those that have ended.
 
         A prompt ends at EOS, which is not given out, at max_tokens, and where its row of `row_length` is full.
@@ -119,24 +122,31 @@ class Sampler:
         params, from_seed = self._run.params, np.uint32(seed)
         state = self._first(params, place(batch, self._run.mesh), from_seed, sampling=sampling)
         ended = np.zeros(len(prompts), bool)
-        for step in range(1, sampling.max_tokens + 1):
+        for step in range(1, max_tokens + 1):
             tokens = np.asarray(self._whole(state[0]))[: len(prompts)]
             ended |= tokens == self._tokenizer.eos
             if ended.all():
                 return
             yield np.where(ended, -1, tokens)
             ended |= room < step  # the token just given out has no place in its row, so nothing can follow it
-            if ended.all() or step == sampling.max_tokens:
+            if ended.all() or step == max_tokens:
                 return
             state = self._following(params, *state, from_seed, np.int32(step), sampling=sampling)
 
     def generate(
-        self, prompts: Sequence[Document], sampling: Sampling, seed: int = 0, title: str = ""
+        self,
+        prompts: Sequence[Document],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        title: str = "",
     ) -> list[list[int]]:
-        """The tokens written after each of any number of prompts."""
+        """The tokens written after each of any number of prompts; with a title, progress is shown."""
         written: list[list[int]] = []
         for chosen, real in fixed_batches(len(prompts), self._size, title):
-            columns = list(self.stream([prompts[i] for i in chosen[:real]], sampling, seed + int(chosen[0])))
+            columns = list(
+                self.stream([prompts[i] for i in chosen[:real]], max_tokens, sampling, seed + int(chosen[0]))
+            )
             tokens = np.stack(columns, 1) if columns else np.empty((real, 0), np.int32)
             written += [[int(t) for t in row if t >= 0] for row in tokens]
         return written

@@ -10,6 +10,7 @@ from PIL import Image
 
 from configs import loading
 from nmm_jax import models
+from nmm_jax.evaluation.sampling import Sampler
 from nmm_jax.parallel.mesh import make_mesh
 from nmm_jax.parallel.sharding import param_shardings
 from nmm_jax.training.checkpoints import Run
@@ -66,6 +67,11 @@ def run():
         out_shardings=shardings,
     )(jax.random.key(3))
     return Run(config, model, params, 0, mesh)
+
+
+@pytest.fixture(scope="session")
+def sampler(run, letters):
+    return Sampler(run, letters, rows=3)
 
 
 @pytest.fixture(scope="session")

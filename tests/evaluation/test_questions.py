@@ -7,19 +7,17 @@ from data_pipelines.document import Document
 from data_pipelines.store import DatasetWriter, Dataset
 from nmm_jax.evaluation import questions
 from nmm_jax.evaluation.questions import Answered, ask, score, score_all
-from nmm_jax.evaluation.sampling import Sampler, Sampling
 
 
 def question(i, parts, kind="colour", combination="seen"):
     return Document(f"q{i}", "questions", tuple(parts), {"kind": kind, "combination": combination, "answer": parts[-1]})
 
 
-def test_one_pass_says_what_greedy_decoding_says(run, letters, noise):
+def test_one_pass_says_what_greedy_decoding_says(run, letters, sampler, noise):
     """Answers of the model's own, and the same with a letter changed at a random place."""
     rng = np.random.default_rng(0)
-    sampler = Sampler(run, letters, rows=4)
     prompts = [(noise(i), noise(i + 99), "what") if i % 3 == 0 else (noise(i), "abc"[: 1 + i % 3]) for i in range(18)]
-    said = sampler.generate([Document("", "", p) for p in prompts], Sampling(max_tokens=4))
+    said = sampler.generate([Document("", "", p) for p in prompts], 4)
     asked = []
     for i, (prompt, tokens) in enumerate(zip(prompts, said, strict=True)):
         answer = letters.decode(tokens)[: rng.integers(1, 5)]
@@ -30,11 +28,9 @@ def test_one_pass_says_what_greedy_decoding_says(run, letters, noise):
             asked.append(question(i, (*prompt, answer)))
     assert len(asked) > 12
 
-    decoded = []
-    for q in asked:
-        expected = letters.encode(q.texts[-1]).tolist()
-        prompt = Document(q.id, "", q.parts[:-1])
-        decoded.append(sampler.generate([prompt], Sampling(max_tokens=len(expected)))[0] == expected)
+    answers = [letters.encode(q.texts[-1]).tolist() for q in asked]
+    greedy = sampler.generate([Document(q.id, "", q.parts[:-1]) for q in asked], 4)
+    decoded = [written[: len(answer)] == answer for written, answer in zip(greedy, answers, strict=True)]
     found = [a.right for a in ask(run, letters, asked, title="")]
     assert found == decoded
     assert 0 < sum(found) < len(found), "all right or all wrong tests nothing"
