@@ -12,10 +12,13 @@ corpus=$runs/$name-corpus run=$runs/$name
 start=$SECONDS
 step() { printf '\n== %s (%d s so far)\n' "$1" $((SECONDS - start)); }
 
+documents=(--captions=16000 --interleaved=8000 --text=3000)
+[ "$variant" = long ] && documents=(--captions=60000 --interleaved=30000 --text=12000)
+
 step "1/5 generate the corpus: $corpus"
-"$python" -m data_pipelines.scenes --output="$corpus" --preset="$name"
+[ -e "$corpus/tokenizer.json" ] || "$python" -m data_pipelines.scenes --output="$corpus" --level=quickstart "${documents[@]}"
 step "2/5 train: $run"
-"$python" -m nmm_jax.train --config="configs/$family.py:$variant" --config.data.root="$corpus" --workdir="$run"
+"$python" -m nmm_jax.train --config="configs/$family.py${variant:+:$variant}" --config.data.root="$corpus" --workdir="$run"
 step "3/5 restore the last checkpoint in a new process and evaluate it"
 "$python" -m nmm_jax.evaluate --workdir="$run"
 step "4/5 generate"

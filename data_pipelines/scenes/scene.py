@@ -37,6 +37,11 @@ HELD_OUT = frozenset(
 )
 
 
+# y of objects on slots. At any height, a model of the quickstart's size told kinds apart no better than by chance
+# after 2,000 steps; at three heights it names the shape on a side four times in five after 1,000.
+HEIGHTS = (0.25, 0.5, 0.75)
+
+
 @dataclasses.dataclass(frozen=True)
 class Level:
     """How rich the scenes and their language are."""
@@ -129,8 +134,11 @@ def make(rng: random.Random, level: Level, pair: Pair, slot: float | None = None
     """An object of the pair, with random other attributes, at a random place or near a slot."""
     size = rng.choice(tuple(level.sizes))
     radius = level.sizes[size]
-    x = rng.uniform(radius, 1 - radius) if slot is None else slot + rng.uniform(-0.03, 0.03)
-    return Object(pair[1], pair[0], rng.choice(level.textures), size, x, rng.uniform(radius, 1 - radius), radius)
+    if slot is None:
+        x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+    else:
+        x, y = slot + rng.uniform(-0.03, 0.03), rng.choice(HEIGHTS) + rng.uniform(-0.03, 0.03)
+    return Object(pair[1], pair[0], rng.choice(level.textures), size, x, y, radius)
 
 
 def apart(a: Object, b: Object) -> bool:
