@@ -46,7 +46,7 @@ def read_prompt(text: str, images: Sequence[str], name: str = "the prompt") -> D
             if not path.is_file():
                 raise FileNotFoundError(f"{name}: there is no image file {path}")
             parts.append(path.read_bytes())
-    return Document(name, "prompt", tuple(parts))
+    return Document(name, "prompt", tuple(parts), {"prompt": text})
 
 
 def read_prompts(path: str) -> list[Document]:
@@ -86,9 +86,9 @@ def as_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[str]
 
 if __name__ == "__main__":
     RUN = RunFlags()
-    PROMPT = flags.DEFINE_string("prompt", None, f"text, with {MARK} where an image goes")
+    PROMPT = flags.DEFINE_string("prompt", "", f"text, with {MARK} where an image goes")
     IMAGE = flags.DEFINE_multi_string("image", [], "file of the next image; give it once per mark")
-    PROMPTS = flags.DEFINE_string("prompts", None, 'instead: a file of lines {"prompt": ..., "images": [files]}')
+    PROMPTS = flags.DEFINE_string("prompts", "", 'instead: a file of lines {"prompt": ..., "images": [files]}')
     MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "at most so many tokens are written", 1)
     TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 samples from the model")
     TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0 is all")
@@ -98,21 +98,21 @@ if __name__ == "__main__":
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-        if (PROMPT.value is None) == (PROMPTS.value is None):
+        if bool(PROMPT.value) == bool(PROMPTS.value):
             raise app.UsageError("give either --prompt or --prompts")
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-        if PROMPT.value is None:
+        if PROMPTS.value:
             prompts = read_prompts(PROMPTS.value)
         else:
             prompts = [read_prompt(PROMPT.value, IMAGE.value)]
         run, tokenizer = RUN.restore()
         sampler = Sampler(run, tokenizer, min(_BATCH, len(prompts)))
         speaks = jax.process_index() == 0
-        if PROMPT.value is None:
+        if PROMPTS.value:
             written = sampler.generate(prompts, MAX_TOKENS.value, sampling, SEED.value, "prompts")
             for prompt, ids in zip(prompts, written, strict=True):
                 if speaks:
-                    print(json.dumps({"prompt": prompt.id, "text": tokenizer.decode(ids)}), flush=True)
+                    print(json.dumps({**prompt.metadata, "text": tokenizer.decode(ids)}), flush=True)
         else:
             for piece in as_text(sampler.stream(prompts, MAX_TOKENS.value, sampling, SEED.value), tokenizer):
                 print(piece if speaks else "", end="", flush=True)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLOURS = ("#4c8dd6", "#e0863a", "#3fa66a", "#b06fd0", "#cf5a6a", "#8a8f3c")  # legible on white and on near-black
 _INK = "#7f8081"  # stands for the page's own text colour until the figure is in the page
-_STYLE = {
+_STYLE: Any = {  # matplotlib's rc parameters
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -152,8 +152,9 @@ def _over_steps(*all_axes: Axes) -> None:
 
 
 def _svg(figure: Figure, title: str) -> str:
+    """To be called within _STYLE; sets ids that are this figure's alone, and the same every time."""
+    matplotlib.rcParams["svg.hashsalt"] = title
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids that are this figure's alone, the same every time
-        figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
+    figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)

@@ -28,14 +28,14 @@ class HeldOutLoss:
     rows: int
 
 
-RowSums = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, "B"], Float[Array, "B"]]]
+RowSums = Callable[[Any, dict[str, Array]], tuple[Float[Array, "B"], Float[Array, "B"]]]
 
 
 def make_row_sums(run: Run) -> RowSums:
     """(params, batch) -> for each row the sums of loss_mask * CE and of loss_mask; compiled once per batch shape."""
     constrain, chunks = constrainer(run.mesh), run.config.model.vocab_chunks
 
-    def row_sums(params: Any, batch: Mapping[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    def row_sums(params: Any, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         hidden, _ = run.model.hidden(params, batch, constrain=constrain)
         ce, _ = cross_entropy(hidden, run.model.unembedding(params), batch["targets"], chunks)
         return (batch["loss_mask"] * ce).sum(1), batch["loss_mask"].sum(1)
@@ -50,7 +50,7 @@ def held_out_loss(run: Run, row_sums: RowSums, held_out: HeldOut, rows: int) -> 
     """
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
     batch = held_out.batch(chosen)
-    losses, counts = _sums(run, row_sums, batch, f"{held_out.source}")
+    losses, counts = _sums(run, row_sums, batch, held_out.source)
     loss = ratio(losses, counts)
     tokens = int(counts.sum())
 

@@ -46,7 +46,7 @@ class Score:
     """Accuracy over `count` questions; all shares are between 0 and 1."""
 
     accuracy: float
-    standard_error: float  # of accuracy, and of gain
+    standard_error: float | None  # of accuracy, and of gain
     base: float  # always giving the commonest answer to each kind, known from these very questions
     gain: float  # accuracy - base
     count: int
