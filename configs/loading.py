@@ -165,7 +165,7 @@ _CHOICES = {
 _AT_LEAST = {
     "steps": 1, "batch_rows": 1, "row_length": 2, "gradient_accumulation": 1,
     "data.window": 1, "data.workers": 0, "data.prefetch": 1,
-    "image.size": 1, "image.patch": 1, "image.positions": 1, "image.per_row": 1,
+    "image.size": 1, "image.patch": 1, "image.positions": 1, "image.per_row": 0,
     "model.vocab_size": 7, "model.width": 1, "model.depth": 1, "model.heads": 1, "model.kv_heads": 0,
     "model.head_dim": 0, "model.ffn_width": 0, "model.vocab_chunks": 0,
     "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.0, "optimizer.z_loss": 0.0,

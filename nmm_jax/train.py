@@ -81,9 +81,11 @@ def train(config: ConfigDict, workdir: str) -> bool:
     step_fn = jit_step(model, optimizer, config, mesh).lower(abstract, _abstract_batch(config, mesh)).compile()
     logging.info("compiled in %.1f s", time.perf_counter() - began)
 
-    flops = count(config)
-    peak = peak_flops(jax.devices()[0])
-    speed = metrics.Speed(flops.training_per_token, flops.training_per_pair, peak and peak * mesh.size)
+    counts, peak = count(config), peak_flops(jax.devices()[0])
+    speed = metrics.Speed(
+        lambda tokens, pairs, images: counts.training_flops(tokens, pairs, images * config.image.positions),
+        peak and peak * mesh.size,
+    )
     in_flight: collections.deque[tuple[int, Any, float]] = collections.deque()
 
     def settle(ahead: int) -> None:
@@ -144,7 +146,13 @@ def _restore(
         step = None
     elif config.trunk.workdir:
         checkpoints = Checkpoints(config.trunk.workdir, read_only=True)
-        step = None if config.trunk.step == -1 else config.trunk.step
+        step = checkpoints.meta(None if config.trunk.step == -1 else config.trunk.step)["step"]
+        cooldown = config.schedule.cooldown if config.schedule.kind == "wsd" else 0
+        if step > config.steps - cooldown:
+            raise ValueError(
+                f"trunk.step = {step} comes after the cooldown's beginning, steps - schedule.cooldown = "
+                f"{config.steps} - {cooldown}; for a cooldown right from there give --config.steps={step + cooldown}"
+            )
     else:
         return None, {"step": 0, "seen": metrics.Seen.nothing(config.data.sources).to_meta()}
     meta = checkpoints.meta(step)

@@ -17,20 +17,23 @@ from nmm_jax.parallel.sharding import batch_sharding
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """Positions within the global batch, sorted, that this process's devices address. int64 [rows of this process]."""
-    shards = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,)).values()
-    return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in shards]))
+    return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in _shards(mesh, batch_rows).values()]))
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_rows: int) -> dict[str, jax.Array]:
     """Global arrays [batch_rows, ...] sharded over rows, from the local rows [len(local_rows), ...] of each field."""
     sharding = batch_sharding(mesh)
     rows = local_rows(mesh, batch_rows)
+    ranges = {device: index[0].indices(batch_rows) for device, index in _shards(mesh, batch_rows).items()}
+    places = [slice(*np.searchsorted(rows, (start, stop))) for start, stop, _ in ranges.values()]
 
     def globalise(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_rows)
-            return local[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-
-        return jax.make_array_from_callback((batch_rows, *local.shape[1:]), sharding, shard)
+        # device_put is an explicit transfer: jax.make_array_from_callback is not, and transfer guards refuse it.
+        shards = jax.device_put([local[place] for place in places], list(ranges))
+        return jax.make_array_from_single_device_arrays((batch_rows, *local.shape[1:]), sharding, shards)
 
     return {name: globalise(local) for name, local in batch.items()}
+
+
+def _shards(mesh: Mesh, batch_rows: int) -> Mapping[jax.Device, tuple[slice, ...]]:
+    return batch_sharding(mesh).addressable_devices_indices_map((batch_rows,))

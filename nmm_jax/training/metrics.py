@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,8 +66,7 @@ class Seen:
 class Speed:
     """Rates since the last line."""
 
-    flops_per_token: float  # of training, without attention's products of queries and keys
-    flops_per_pair: float  # of training, for one query and one key that it sees
+    training_flops: Callable[[int, float, int], float]  # of tokens, (query, key) pairs that attention needs, images
     peak_flops: float | None  # of all devices together
     since: float = dataclasses.field(default_factory=time.perf_counter)
     steps: int = 0
@@ -87,7 +86,7 @@ class Speed:
         """The rates, and a new beginning."""
         now = time.perf_counter()
         seconds = now - self.since
-        flops = self.tokens * self.flops_per_token + self.pairs * self.flops_per_pair
+        flops = self.training_flops(self.tokens, self.pairs, self.images)
         rates = {
             "time/step": seconds / self.steps,
             "time/data_wait": self.data_wait / self.steps,

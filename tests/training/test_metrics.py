@@ -87,14 +87,15 @@ def test_numbers_that_are_not_finite_stop_the_run(name, value):
 
 
 def test_speed_counts_flops_of_tokens_and_pairs(monkeypatch):
-    now = iter([0.0, 4.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    speed = metrics.Speed(flops_per_token=6e9, flops_per_pair=1e6, peak_flops=1e12, since=metrics.time.perf_counter())
+    speed = metrics.Speed(
+        lambda tokens, pairs, images: 6e9 * tokens + 1e6 * pairs + 1e9 * images, peak_flops=1e12, since=0.0
+    )
     speed.add(fetched(), data_wait=0.5)
     speed.add(fetched(), data_wait=0.1)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 4.0)
     rates = speed.take()
     assert rates["time/step"] == 2.0 and rates["time/data_wait"] == pytest.approx(0.3)
     assert rates["speed/tokens_per_second"] == 50.0 and rates["speed/images_per_second"] == 1.5
-    # 200 tokens * 6e9 + 1000 pairs * 1e6 = 1.201e12 FLOPs in 4 s
-    assert rates["speed/tflops_per_second"] == pytest.approx(0.30025)
-    assert rates["speed/mfu"] == pytest.approx(0.30025)
+    # 200 tokens * 6e9 + 1000 pairs * 1e6 + 6 images * 1e9 = 1.207e12 FLOPs in 4 s
+    assert rates["speed/tflops_per_second"] == pytest.approx(0.30175)
+    assert rates["speed/mfu"] == pytest.approx(0.30175)
