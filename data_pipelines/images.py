@@ -63,7 +63,8 @@ class _Encoded:
         self.format, width, height = probe(data)
         if width * height > max_pixels:
             raise BadImage(f"{self.format} of {width}x{height} pixels; at most {max_pixels} are decoded")
-        self._orientation = _jpeg_orientation(data) if self.format == "JPEG" else self._pillow_orientation()
+        self._image = None if self.format == "JPEG" else _open(data)
+        self._orientation = self._pillow_orientation() if self._image else _jpeg_orientation(data)
         self.height, self.width = (width, height) if self._orientation in _TURNED else (height, width)
 
     def pixels(self, shrink: int) -> np.ndarray:
@@ -71,7 +72,7 @@ class _Encoded:
         pixels = _decode_jpeg(self._data, shrink) if self.format == "JPEG" else None
         if pixels is None:
             try:
-                pixels = _rgb(_open(self._data))
+                pixels = _rgb(self._image or _open(self._data))
             except BadImage:
                 raise
             except Exception as e:  # Pillow's decoders raise errors of many kinds
@@ -80,8 +81,8 @@ class _Encoded:
 
     def _pillow_orientation(self) -> int:
         try:
-            return _open(self._data).getexif().get(_ORIENTATION, 1)
-        except Exception as e:  # of a PNG all is read to find it
+            return self._image.getexif().get(_ORIENTATION, 1)
+        except Exception as e:  # a PNG's may stand behind its pixels, so all is read
             raise BadImage(f"broken {self.format} ({type(e).__name__}: {e})") from e
 
 
