@@ -1,0 +1,70 @@
+"""The position axis of a document: BOS, its parts, EOS.
+
+    document    ["Look:", image, "a dog"]                        (P = 3, with image delimiters)
+    pieces      BOS  "Look:"    image             "a dog"  EOS
+    positions   0    1  2       3   4  5  6  7    8  9     10
+                          boi p0 p1 p2 eoi
+
+A piece is what is measured and encoded at once: a mark, an image, or a text of at most 16,384 characters. Longer
+texts are several pieces, cut before whitespace, so that a row in the middle of a book does not tokenise the book.
+"""
+
+import enum
+import hashlib
+
+from data_pipelines.document import Document, Part
+from data_pipelines.tokenizer import Tokenizer
+
+LONGEST_PIECE = 16_384  # characters
+
+
+class Mark(enum.Enum):
+    BOS = "bos"
+    EOS = "eos"
+
+
+Piece = Mark | str | bytes
+
+
+def of_document(document: Document, caption_order: str) -> list[Piece]:
+    """The pieces of a stored document, captions in the order asked for."""
+    return [Mark.BOS, *of_parts(_ordered(document, caption_order)), Mark.EOS]
+
+
+def of_parts(parts: tuple[Part, ...]) -> list[str | bytes]:
+    pieces: list[str | bytes] = []
+    for part in parts:
+        pieces += [part] if isinstance(part, bytes) else cut_text(part)
+    return pieces
+
+
+def length(piece: Piece, tokenizer: Tokenizer, image_span: int) -> int:
+    """Positions that a piece takes."""
+    if isinstance(piece, str):
+        return len(tokenizer.encode(piece))
+    return image_span if isinstance(piece, bytes) else 1
+
+
+def cut_text(text: str, longest: int = LONGEST_PIECE) -> list[str]:
+    """Cuts a long text before whitespace, if there is some in the last half of a piece; joined it is the text again."""
+    pieces = []
+    begin = 0
+    while len(text) - begin > longest:
+        end = begin + longest
+        space = max(text.rfind(c, begin + longest // 2, end) for c in " \n\t")
+        end = space if space > 0 else end
+        pieces.append(text[begin:end])
+        begin = end
+    return [*pieces, text[begin:]]
+
+
+def _ordered(document: Document, caption_order: str) -> tuple[Part, ...]:
+    """Only captions (one image and one text) have an order to choose; `random` is decided by the id, once for ever."""
+    parts = document.parts
+    if len(parts) != 2 or len(document.images) != 1:
+        return parts
+    image, text = document.images[0], document.texts[0]
+    if caption_order == "random":
+        digest = hashlib.blake2b(document.id.encode(), digest_size=1, person=b"caption order").digest()
+        caption_order = "text_first" if digest[0] & 1 else "image_first"
+    return (text, image) if caption_order == "text_first" else (image, text)
