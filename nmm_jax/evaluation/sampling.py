@@ -81,23 +81,22 @@ class Sampler:
         allowed = jnp.asarray(writable(tokenizer, run.config.model.vocab_size))
         constrain = constrainer(run.mesh)
 
-        def next_token(params: Any, hidden: Array, seed: Array, step: Array, sampling: Sampling) -> Array:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(hidden)))
+        def next_token(params: Any, hidden: Array, seeds: Array, step: Array, sampling: Sampling) -> Array:
+            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
             return choose(token_logits(hidden, run.model.unembedding(params), allowed), keys, sampling)
 
-        def first(params: Any, batch: Any, seed: Array, sampling: Sampling) -> tuple[Array, Array, Any]:
+        def first(params: Any, batch: Any, seeds: Array, sampling: Sampling) -> tuple[Array, Array, Any]:
             """-> (next token, its place in the row, the cache of all places before it)."""
             hidden, cache = run.model.prefill(params, batch, constrain=constrain)
             at = (batch["segment_ids"] > 0).sum(1)
             before = jnp.take_along_axis(hidden, at[:, None, None] - 1, 1)[:, 0]
-            return next_token(params, before, seed, jnp.int32(0), sampling), at, cache
+            return next_token(params, before, seeds, jnp.int32(0), sampling), at, cache
 
         def following(
-            params: Any, token: Array, at: Array, cache: Any, seed: Array, step: Array, sampling: Sampling
+            params: Any, token: Array, at: Array, cache: Any, seeds: Array, step: Array, sampling: Sampling
         ) -> tuple[Array, Array, Any]:
             hidden, cache = run.model.decode(params, token, at, cache, constrain=constrain)
-            return next_token(params, hidden, seed, step, sampling), at + 1, cache
+            return next_token(params, hidden, seeds, step, sampling), at + 1, cache
 
         self._first = jax.jit(first, static_argnames="sampling")
         self._following = jax.jit(following, static_argnames="sampling", donate_argnames="cache")
@@ -107,6 +106,8 @@ class Sampler:
         self, prompts: Sequence[Document], max_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[np.ndarray]:
         """The next token of every prompt, step by step: int32 [prompts], -1 for those that have ended.
+
+        Prompt i is sampled with seed + i, so what is written does not depend on the other prompts.
 
         A prompt ends at EOS, which is not given out, at max_tokens, and where its row of `row_length` is full.
 
@@ -119,8 +120,8 @@ class Sampler:
         batch = build_documents(filled, self._tokenizer, self._geometry, append_eos=False)
         room = self._geometry.row_length - (batch["segment_ids"] > 0).sum(1)[: len(prompts)]
 
-        params, from_seed = self._run.params, np.uint32(seed)
-        state = self._first(params, place(batch, self._run.mesh), from_seed, sampling=sampling)
+        params, seeds = self._run.params, (seed + np.arange(self._size)).astype(np.uint32)
+        state = self._first(params, place(batch, self._run.mesh), seeds, sampling=sampling)
         ended = np.zeros(len(prompts), bool)
         for step in range(1, max_tokens + 1):
             tokens = np.asarray(self._whole(state[0]))[: len(prompts)]
@@ -131,7 +132,7 @@ class Sampler:
             ended |= room < step  # the token just given out has no place in its row, so nothing can follow it
             if ended.all() or step == max_tokens:
                 return
-            state = self._following(params, *state, from_seed, np.int32(step), sampling=sampling)
+            state = self._following(params, *state, seeds, np.int32(step), sampling=sampling)
 
     def generate(
         self,

@@ -82,6 +82,11 @@ def test_the_same_seed_gives_the_same_text_and_another_another(sampler, prompts)
     assert sampler.generate(prompts[:1], 20, DRAWN, 1) != sampler.generate(prompts[:1], 20, DRAWN, 2)
 
 
+def test_what_is_sampled_does_not_depend_on_the_company(sampler, prompts):
+    together = sampler.generate(prompts, 20, DRAWN, seed=5)
+    assert together == [sampler.generate([prompt], 20, DRAWN, seed=5 + i)[0] for i, prompt in enumerate(prompts)]
+
+
 def draws(logits, sampling, count=4000):
     keys = jax.random.split(jax.random.key(0), count)
     return np.asarray(choose(jnp.tile(jnp.asarray(logits), (count, 1)), keys, sampling))
