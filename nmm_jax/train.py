@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -37,7 +37,7 @@ from nmm_jax.scaling.counting import count
 from nmm_jax.training import compatibility, metrics, preemption
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
-from nmm_jax.training.progress import Progress
+from nmm_jax.training.progress import Progress, say
 from nmm_jax.training.state import State, abstract_state, initial_state
 from nmm_jax.training.step import jit_step
 
@@ -67,21 +67,21 @@ def train(config: ConfigDict, workdir: str) -> bool:
     start = meta["step"]
     seen = metrics.Seen.from_meta(meta["seen"], config.data.sources)
     if start >= config.steps:
-        logging.info("%s is at step %d of %d: there is nothing to do", workdir, start, config.steps)
+        say(f"{workdir} is at step {start} of {config.steps}: there is nothing to do")
         checkpoints.close()
         return True
 
-    writer = progress = None
+    writer = None
     if chief:
         _write_atomically(folder / "config.json", loading.to_json(config))
         writer = metrics.Writer(folder, start, config.log.tensorboard)
-        progress = Progress(start, config.steps) if config.log.progress else None
 
     began = time.perf_counter()
     step_fn = jit_step(model, optimizer, config, mesh).lower(abstract, _abstract_batch(config, mesh)).compile()
-    logging.info("compiled in %.1f s", time.perf_counter() - began)
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     counts, peak = count(config), peak_flops(jax.devices()[0])
+    progress = Progress(start, config.steps, config.log.progress)
     speed = metrics.Speed(
         lambda tokens, pairs, images: counts.training_flops(tokens, pairs, images * config.image.positions),
         peak and peak * mesh.size,
@@ -100,8 +100,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
                 logged = metrics.line(step, values, seen, speed.take())
                 if writer:
                     writer.write(logged)
-                if progress:
-                    progress.show(logged)
+                progress.show(logged)
 
     def save(step: int, state: State) -> None:
         settle(0)  # a checkpoint comes after its metrics, and no checkpoint comes after a loss that is not finite
@@ -127,14 +126,13 @@ def train(config: ConfigDict, workdir: str) -> bool:
             if stopped or step % keep.every == 0 or step == config.steps:
                 save(step, state)
             if stopped:
-                logging.warning("SIGTERM: saved step %d; the same command goes on from there", step)
+                say(f"SIGTERM: saving step {step}; the same command goes on from there")
                 break
     local.close()
     checkpoints.close()
     if writer:
         writer.close()
-    if progress:
-        progress.close()
+    progress.close()
     return not stopped
 
 
@@ -158,9 +156,9 @@ def _restore(
     meta = checkpoints.meta(step)
     path = checkpoints.path(meta["step"])
     for difference in compatibility.check(meta, config, stream.fingerprints, str(path)):
-        logging.warning("going on from %s: %s", path, difference)
+        say(f"{path}: {difference}")
     state, meta = checkpoints.restore(meta["step"], abstract)
-    logging.info("going on from %s", path)
+    say(f"going on from {path}")
     return state, meta
 
 

@@ -9,6 +9,7 @@ They are read onto any mesh and any number of processes.
 import dataclasses
 import errno
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -43,12 +44,15 @@ class Checkpoints:
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{workdir} is no run: it has no folder `checkpoints`; give the --workdir of train")
+        if not read_only and jax.process_index() == 0:
+            # Now, and not in the background as Orbax does, where it could meet a new save under the same name.
+            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover)
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.PreserveAll() if read_only else policies.AnyPreservationPolicy(preserved),
-            cleanup_tmp_directories=not read_only,
         )
         self._saving: tuple[int, Any] | None = None
 

@@ -1,4 +1,7 @@
-"""The live line: where the run is and when it ends. Rewritten in place on a terminal, else printed line by line."""
+"""What a person watches: where the run is and when it ends, on stderr of the first process.
+
+On a terminal the line of the last logged step is rewritten in place; elsewhere each is a line of its own.
+"""
 
 import datetime
 import sys
@@ -6,18 +9,25 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 
 class Progress:
-    """Prints to stderr what of a metrics line a person watches."""
+    """The live line."""
 
-    def __init__(self, start: int, steps: int):
+    def __init__(self, start: int, steps: int, shown: bool):
+        """A run from after step `start` to step `steps`."""
         self._start, self._steps, self._began = start, steps, time.perf_counter()
+        self._shown = shown and jax.process_index() == 0
         self._live = sys.stderr.isatty()
 
     def show(self, line: Mapping[str, Any]) -> None:
+        """`line` is one of metrics.jsonl."""
+        if not self._shown:
+            return
         step = line["step"]
         elapsed = time.perf_counter() - self._began
-        left = datetime.timedelta(seconds=round(elapsed / max(step - self._start, 1) * (self._steps - step)))
+        left = datetime.timedelta(seconds=round(elapsed / (step - self._start) * (self._steps - step)))
         sources = ", ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
         mfu = f"  mfu {line['speed/mfu']:.1%}" if "speed/mfu" in line else ""
         text = (
@@ -28,5 +38,11 @@ class Progress:
         print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._live:
+        if self._shown and self._live:
             print(file=sys.stderr)
+
+
+def say(remark: str) -> None:
+    """A line of its own, from the first process."""
+    if jax.process_index() == 0:
+        print(remark, file=sys.stderr, flush=True)
