@@ -57,10 +57,11 @@ def evaluate_held_out(run: Run, rows: int) -> results.Results:
     if jax.process_index() == 0:
         ensure_plans(run.config, store.HELD_OUT)
     multihost_utils.sync_global_devices("plans are made")
+    plans = ensure_plans(run.config, store.HELD_OUT, progress=False)
     row_sums = make_row_sums(run)
     losses: results.Results = {"held_out": {}, "shuffled_images": {}, "image_gain": {}}
     for source in run.config.data.sources:
-        found = held_out_loss(run, row_sums, Stream.held_out(run.config, source), rows)
+        found = held_out_loss(run, row_sums, source, Stream.held_out(run.config, source), plans[source], rows)
         losses["held_out"][source] = {
             "loss": found.loss.value,
             "standard_error": found.loss.standard_error,

@@ -21,7 +21,7 @@ from nmm_jax.training.checkpoints import CheckpointError, Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.state import initial_state
 
-TINY = {"model.width": 32, "model.heads": 2, "model.ffn_width": 64, "evaluation.batch_rows": 4, "steps": 10}
+TINY = {"model.width": 32, "model.heads": 2, "model.ffn_width": 64, "evaluation.batch_rows": 4}
 SOURCES = ("captions", "interleaved", "text")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.plan import Plan
 from data_pipelines.stream import HeldOut
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.evaluation.shuffled_images import donors, exchange
@@ -43,25 +44,41 @@ def make_row_sums(run: Run) -> RowSums:
     return jax.jit(row_sums, out_shardings=replicated(run.mesh))
 
 
-def held_out_loss(run: Run, row_sums: RowSums, held_out: HeldOut, rows: int) -> HeldOutLoss:
-    """Over at most `rows` rows, evenly spread over the plan (its first rows are the fullest of their window).
+def held_out_loss(run: Run, row_sums: RowSums, source: str, held_out: HeldOut, plan: Plan, rows: int) -> HeldOutLoss:
+    """Of one source, over at most `rows` rows, spread evenly over the plan (the first rows of a window are fuller).
 
     Every process builds every row, since images may be exchanged between any two.
     """
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
     batch = held_out.batch(chosen)
-    losses, counts = _sums(run, row_sums, batch, held_out.source)
+    losses, counts = _sums(run, row_sums, batch, source)
     loss = ratio(losses, counts)
     tokens = int(counts.sum())
 
-    takes = donors(held_out.image_documents(chosen))
+    takes = donors(image_documents(plan, chosen, batch["image_mask"]))
     if takes is None:
         return HeldOutLoss(loss, None, None, tokens, len(chosen))
     batch["images"] = exchange(batch["images"], takes)
-    shuffled, _ = _sums(run, row_sums, batch, f"{held_out.source}, shuffled images")
+    shuffled, _ = _sums(run, row_sums, batch, f"{source}, shuffled images")
     kept = ratio(losses, shuffled)  # of the same rows, so what makes a row hard cancels
     drop = Estimate(1 - kept.value, kept.standard_error)
     return HeldOutLoss(loss, ratio(shuffled, counts), drop, tokens, len(chosen))
+
+
+def image_documents(
+    plan: Plan, rows: Int[np.ndarray, "R"], image_mask: Bool[np.ndarray, "R I"]
+) -> Int[np.ndarray, "R I"]:
+    """Which document of the dataset each image slot of these rows is from; -1 for an empty slot.
+
+    Slots are filled in the order of a row's fragments. A document that is cut over rows keeps its number.
+    """
+    documents = np.full(image_mask.shape, -1, np.int64)
+    for slots, row in zip(documents, rows, strict=True):
+        fragments = plan[int(row)]
+        of_images = np.repeat(fragments["document"], fragments["images"])
+        slots[: len(of_images)] = of_images
+    assert ((documents >= 0) == image_mask).all(), "the plan and the rows built from it disagree about image slots"
+    return documents
 
 
 def _sums(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.document import Document
-from data_pipelines.store import DatasetWriter, Dataset
+from data_pipelines.store import Dataset, DatasetWriter
 from nmm_jax.evaluation import questions
 from nmm_jax.evaluation.questions import Answered, ask, score, score_all
 
