@@ -174,7 +174,7 @@ def _hover(batch: Batch, row: int, run: Run, tokenizer: Tokenizer) -> str:
     lines = [
         f"{place}; rotary {rotary[0]}" + ("" if one else f" to {rotary[1]}"),
         "sees keys "
-        + " / ".join(f"[{begins}, {u})" for u in np.unique(batch["attend_until"][row, run.start : run.stop])),
+        + " / ".join(f"[{begins}, {u})" for u in (until if len(until) < 3 else (until[0], "…", until[-1]))),
     ]
     for i in range(run.start, run.stop):
         if batch["loss_mask"][row, i]:

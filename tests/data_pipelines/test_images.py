@@ -172,11 +172,17 @@ def test_eval_is_the_whole_image_and_always_the_same(height, width):
     np.testing.assert_array_equal(got, images.to_eval(data, 32))
 
 
+def test_an_image_of_the_right_size_stays_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(images.to_eval(encode(pixels, "PNG"), 32), pixels)
+
+
 def test_shrinking_does_not_alias():
     """A grid of black and white pixels is grey from afar, however the image is stored."""
     grid = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
     for data in (encode(grid, "PNG"), encode(grid, "JPEG", quality=95)):
-        assert np.abs(images.to_eval(data, 64).astype(int) - 128).max() <= 3
+        for size in (64, 128, 256):
+            assert np.abs(images.to_eval(data, size).astype(int) - 128).max() <= 3
 
 
 def test_crops_follow_the_law():
