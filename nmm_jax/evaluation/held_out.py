@@ -50,7 +50,7 @@ def held_out_loss(run: Run, row_sums: RowSums, source: str, held_out: HeldOut, p
     Every process builds every row, since images may be exchanged between any two.
     """
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
-    batch = held_out.batch(chosen)
+    batch = held_out.batch(chosen.tolist())
     losses, counts = _sums(run, row_sums, batch, source)
     loss = ratio(losses, counts)
     tokens = int(counts.sum())
