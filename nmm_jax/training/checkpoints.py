@@ -26,6 +26,9 @@ from nmm_jax.training.state import State
 
 Meta = dict[str, Any]
 
+# Orbax tells some fifty lines a save, as information (level 20), to the log that it shares with us.
+logging.get_absl_handler().addFilter(lambda r: r.levelno > 20 or "orbax" not in r.pathname)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be found, written or read; the message names its path and what to do."""
