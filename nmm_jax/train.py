@@ -55,6 +55,11 @@ def train(config: ConfigDict, workdir: str) -> bool:
         ensure_plans(config, "train")
     multihost_utils.sync_global_devices("plans are made")
     stream = Stream.open(config, "train")
+    if stream.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} has no room for the {stream.tokenizer.vocab_size} tokens of "
+            f"data.tokenizer = {config.data.tokenizer!r}; make it at least as large"
+        )
 
     model = models.build(config)
     optimizer = make_optimizer(config)
@@ -130,6 +135,8 @@ def train(config: ConfigDict, workdir: str) -> bool:
                 break
     local.close()
     checkpoints.close()
+    if stream.bad_images:
+        say(f"{stream.bad_images} images could not be decoded; their documents counted for nothing")
     if writer:
         writer.close()
     progress.close()

@@ -1,0 +1,50 @@
+"""Training commands in processes of their own, and what they left in their run directories."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(corpus, workdir, *overrides):
+    keys = [f"--config.{o}" for o in (f"data.root={corpus}", *overrides)]
+    return [sys.executable, "-m", "nmm_jax.train", "--config=tests/tiny.py", *keys, f"--workdir={workdir}"]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def start(*args, devices=1):
+    return subprocess.Popen(
+        args, cwd=ROOT, env=environment(devices), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def train(corpus, workdir, *overrides, devices=1):
+    """Runs to the end; returns what it said on stderr."""
+    running = start(*command(corpus, workdir, *overrides), devices=devices)
+    _, said = running.communicate()
+    assert running.returncode == 0, said[-4000:]
+    return said
+
+
+def fails(corpus, workdir, *overrides):
+    running = start(*command(corpus, workdir, *overrides))
+    _, said = running.communicate()
+    assert running.returncode != 0, said[-4000:]
+    return said
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(workdir):
+    """The lines without what depends on the machine."""
+    machine = ("time/", "speed/", "memory/")
+    return [{k: v for k, v in line.items() if not k.startswith(machine)} for line in lines(workdir)]
