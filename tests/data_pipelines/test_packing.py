@@ -51,6 +51,7 @@ pieces = st.lists(st.one_of(st.just((4, True)), st.tuples(st.integers(0, 40), st
 @settings(max_examples=200, deadline=None)
 @given(pieces, st.integers(4, 20), st.integers(1, 4))
 def test_cuts_are_whole_legal_and_few(parts, row_length, per_row):
+    parts = [(1, False), *parts]  # BOS
     lengths, is_image = [p[0] for p in parts], [p[1] for p in parts]
     begins = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
     cuts = list(cut(lengths, is_image, row_length, per_row))
