@@ -1,0 +1,98 @@
+"""The training command: several processes, what it refuses, what it says."""
+
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tests.data_pipelines import small_corpus
+from tests.training_runs import ROOT, command, environment, fails, lines, train
+
+MESH = ("mesh.fsdp=4", "mesh.tensor=2", "steps=20")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    small_corpus.write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def short_run(corpus, tmp_path_factory):
+    """Two steps on one device, saved."""
+    workdir = tmp_path_factory.mktemp("runs") / "short"
+    train(corpus, workdir, "steps=2", "schedule.warmup=1", "log.tensorboard=true")
+    return workdir
+
+
+@pytest.mark.slow  # two programs for 8 devices are compiled
+def test_two_processes_of_four_devices_stopped_and_finished_by_one_process(corpus, tmp_path):
+    """launch/local.sh 2 x 4 on fsdp 4 x tensor 2, SIGTERM in the middle; one process of 8 devices goes on from there.
+    The losses are those of a run that one process of 8 devices made alone."""
+    train(corpus, tmp_path / "one", *MESH, devices=8)
+    workdir = tmp_path / "two"
+    training = command(corpus, workdir, *MESH)
+    running = subprocess.Popen(
+        ["launch/local.sh", "--processes=2", "--devices=4", "--", *training],
+        cwd=ROOT,
+        env=environment() | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while running.poll() is None and not ((workdir / "metrics.jsonl").exists() and len(lines(workdir)) >= 8):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 143, said[-4000:]
+    stopped = lines(workdir)[-1]["step"]
+    assert 8 <= stopped < 20 and (workdir / "checkpoints" / str(stopped)).is_dir()
+
+    assert f"checkpoints/{stopped}" in train(corpus, workdir, *MESH, devices=8)
+    got, want = lines(workdir), lines(tmp_path / "one")
+    assert [line["step"] for line in got] == list(range(1, 21))
+    np.testing.assert_allclose([x["loss"] for x in got], [x["loss"] for x in want], rtol=1e-5)
+    for name in ("tokens", "tokens/captions", "images"):
+        assert [x[name] for x in got] == [x[name] for x in want]
+
+
+def test_the_run_directory(short_run):
+    assert {"config.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in short_run.iterdir()}
+    assert list(short_run.glob("events.out.tfevents.*"))
+    first, second = lines(short_run)
+    assert second["tokens"] > first["tokens"] == sum(first[f"tokens/{s}"] for s in small_corpus.SOURCES)
+    assert {"time/step", "time/data_wait", "speed/tokens_per_second", "grad_norm", "param_norm"} <= set(first)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimizer.lerning_rate=1"], "no key 'optimizer.lerning_rate'; did you mean 'optimizer.learning_rate'"),
+        (["batch_rows=8", "mesh.fsdp=3"], "does not multiply out to the 1 devices there are"),
+        (["model.vocab_size=200"], "model.vocab_size = 200 has no room for the 262 tokens of data.tokenizer = 'bytes'"),
+        (["model.width=64", "steps=4"], "holds another model: model.width was 32, is 64"),
+        (["seed=1", "steps=4"], "was trained on other data: seed was 0, is 1"),
+        (["data.weights=(0.3,0.3,0.4)", "steps=4"], "other data: data.weights was .* weights differs"),
+    ],
+)
+def test_refusals(corpus, short_run, overrides, message):
+    before = (short_run / "metrics.jsonl").read_bytes()
+    assert re.search(message, fails(corpus, short_run, "schedule.warmup=1", *overrides))
+    assert (short_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(corpus, tmp_path):
+    said = fails(corpus, tmp_path, "optimizer.learning_rate=1e38", "schedule.warmup=0", "checkpoint.every=1")
+    assert "at step" in said and "lower optimizer.learning_rate" in said
+    assert all(np.isfinite(line["loss"]) and np.isfinite(line["param_norm"]) for line in lines(tmp_path))
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert all(step <= len(lines(tmp_path)) for step in saved)
+
+
+def test_a_trunk_that_is_past_the_cooldown(corpus, short_run, tmp_path):
+    said = fails(corpus, tmp_path, f"trunk.workdir={short_run}", "steps=5", "schedule.cooldown=4", "schedule.warmup=1")
+    assert "trunk.step = 2 comes after the cooldown's beginning" in said and "--config.steps=6" in said
