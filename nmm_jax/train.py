@@ -114,7 +114,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
 
     stop = preemption.Preemption()
     stopped = False
-    rows = local_rows(mesh, config.batch_rows)
+    rows = local_rows(mesh, config.batch_rows).tolist()
     c = config.data
     local = batches(stream, rows, config.batch_rows, start, c.workers, c.worker_kind, c.prefetch)
     with jax.transfer_guard("disallow"):

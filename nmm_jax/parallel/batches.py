@@ -17,14 +17,14 @@ from nmm_jax.parallel.sharding import batch_sharding
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:
     """Positions within the global batch, sorted, that this process's devices address. int64 [rows of this process]."""
-    return np.unique(np.concatenate([np.arange(batch_rows)[index] for index in _shards(mesh, batch_rows).values()]))
+    return np.unique(np.concatenate([np.arange(batch_rows)[part] for part in _shards(mesh, batch_rows).values()]))
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_rows: int) -> dict[str, jax.Array]:
     """Global arrays [batch_rows, ...] sharded over rows, from the local rows [len(local_rows), ...] of each field."""
     sharding = batch_sharding(mesh)
     rows = local_rows(mesh, batch_rows)
-    ranges = {device: index[0].indices(batch_rows) for device, index in _shards(mesh, batch_rows).items()}
+    ranges = {device: part.indices(batch_rows) for device, part in _shards(mesh, batch_rows).items()}
     places = [slice(*np.searchsorted(rows, (start, stop))) for start, stop, _ in ranges.values()]
 
     def globalise(local: np.ndarray) -> jax.Array:
@@ -35,5 +35,6 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_rows: int) -> d
     return {name: globalise(local) for name, local in batch.items()}
 
 
-def _shards(mesh: Mesh, batch_rows: int) -> Mapping[jax.Device, tuple[slice, ...]]:
-    return batch_sharding(mesh).addressable_devices_indices_map((batch_rows,))
+def _shards(mesh: Mesh, batch_rows: int) -> dict[jax.Device, slice]:
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_rows,))
+    return {device: index[0] for device, index in indices.items() if index is not None}

@@ -1,6 +1,6 @@
 """Where each array lives: the logical names of its axes, mapped to the axes of the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
       ValueError: a dimension does not divide over its mesh axis; names the parameter, the config key and the axis.
     """
 
-    def one(path: Sequence[Any], array: jax.ShapeDtypeStruct, axes: Axes) -> NamedSharding:
+    def one(path: tuple[Any, ...], array: jax.ShapeDtypeStruct, axes: Axes) -> NamedSharding:
         for size, name in zip(array.shape, axes, strict=True):
             axis = RULES.get(name)
             if isinstance(axis, str) and size % mesh.shape[axis]:
