@@ -21,7 +21,8 @@ BATCH_AXES = ("replica", "fsdp", "expert")
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` over `devices` (all there are, unless given)."""
-    return mesh_of({axis: config.mesh[axis] for axis in AXES}, devices)
+    c = config.mesh
+    return mesh_of({"replica": c.replica, "fsdp": c.fsdp, "expert": c.expert, "tensor": c.tensor}, devices)
 
 
 def mesh_of(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
