@@ -51,4 +51,6 @@ class Document:
             fields = msgpack.unpackb(record)
             return cls(fields["id"], fields["source"], tuple(fields["parts"]), fields["metadata"])
         except (msgpack.UnpackException, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"not a document record ({type(e).__name__}: {e}); was this shard written by convert?") from e
+            raise ValueError(
+                f"not a document record ({type(e).__name__}: {e}); was this shard written by convert?"
+            ) from e

@@ -12,8 +12,8 @@ corpus=$runs/$name-corpus run=$runs/$name
 start=$SECONDS
 step() { printf '\n== %s (%d s so far)\n' "$1" $((SECONDS - start)); }
 
-documents=(--captions=16000 --interleaved=8000 --text=3000)
-[ "$variant" = long ] && documents=(--captions=60000 --interleaved=30000 --text=12000)
+documents=(--captions=12000 --interleaved=6000 --text=2500)
+[ "$variant" = long ] && documents=(--captions=40000 --interleaved=20000 --text=8000)
 
 step "1/5 generate the corpus: $corpus"
 [ -e "$corpus/tokenizer.json" ] || "$python" -m data_pipelines.scenes --output="$corpus" --level=quickstart "${documents[@]}"
