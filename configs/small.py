@@ -25,9 +25,9 @@ def get_config():
     c.image.crop_scale = (0.6, 1.0)
 
     c.model.vocab_size = 8_192
-    c.model.width = 192
+    c.model.width = 128
     c.model.depth = 4
-    c.model.heads = 3
+    c.model.heads = 2
     c.model.rope_theta = 1_000.0
     c.model.patch_positions = True
     c.model.dtype = "float32"
