@@ -29,7 +29,8 @@ class Document:
         for k, part in enumerate(self.parts):
             if not isinstance(part, str | bytes):
                 raise TypeError(
-                    f"document {self.id!r}: part {k} is a {type(part).__name__}; expected str (text) or bytes (an encoded image)"
+                    f"document {self.id!r}: part {k} is a {type(part).__name__}; expected str (text) or bytes "
+                    "(an encoded image)"
                 )
 
     @property

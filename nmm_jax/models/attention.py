@@ -89,8 +89,8 @@ def masked_attention(
 def _reference(q, k, v, segment_ids, attend_until):
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     mask = visible(segment_ids, attend_until, segment_ids)
-    out = masked_attention(*(x.astype(accumulate) for x in (q, k, v)), mask, accumulate)
-    return out.astype(q.dtype)
+    exact = [x.astype(accumulate) for x in (q, k, v)]
+    return masked_attention(exact[0], exact[1], exact[2], mask, accumulate).astype(q.dtype)
 
 
 def _blocked(q, k, v, segment_ids, attend_until):

@@ -19,6 +19,14 @@ from nmm_jax.models.spec import Spec
 Cache = dict[str, Array]
 
 
+class Unembedding(nnx.Module):
+    """From hidden states to logits, where the token embeddings do not serve; applied by the loss."""
+
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
+        axes = {"embed": spec.width, "vocab": spec.vocab_size}
+        self.kernel = weight(spec, rngs, axes, role="head", inputs=spec.width)
+
+
 class EarlyFusion(nnx.Module):
     """The network up to its last hidden states; the loss multiplies them with the unembedding."""
 
@@ -29,9 +37,7 @@ class EarlyFusion(nnx.Module):
         self.layers = stack_blocks(spec, rngs=rngs)
         self.final_norm = Norm(spec, (spec.width,), (None,))
         if not spec.tie_embeddings:
-            axes = {"embed": spec.width, "vocab": spec.vocab_size}
-            self.head = nnx.Module()
-            self.head.kernel = weight(spec, rngs, axes, role="head", inputs=spec.width)
+            self.head = Unembedding(spec, rngs=rngs)
 
     def __call__(
         self, batch: dict[str, Array], constrain: Constrain, keep_cache: bool = False

@@ -98,9 +98,7 @@ def build(config: ConfigDict) -> Model:
     """The model a config describes, without allocating any of it."""
     spec = Spec.from_config(config)
     network = nnx.eval_shape(lambda: EarlyFusion(spec, rngs=nnx.Rngs(params=0)))
-    definition, state, rest = nnx.split(network, nnx.Param, ...)
-    if jax.tree.leaves(rest):
-        raise TypeError(f"a model's state is its parameters alone; found also {rest}")
+    definition, state = nnx.split(network, nnx.Param)  # an error if there is state besides the parameters
     abstract = nnx.to_pure_dict(state)
     axes = jax.tree.map(
         lambda param: param.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
