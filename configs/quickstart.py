@@ -18,7 +18,7 @@ def get_config(variant: str = ""):
     if variant not in ("", "long"):
         raise ValueError(f"configs/quickstart.py has no variant {variant!r}; it has '' and 'long'")
     c = base()
-    c.steps = 1_600
+    c.steps = 1_200
     c.batch_rows = 8
     c.row_length = 128
     c.data.root = "runs/scenes"
@@ -46,12 +46,12 @@ def get_config(variant: str = ""):
     c.optimizer.learning_rate = 2e-3
     c.optimizer.beta2 = 0.98
     c.schedule.warmup = 40
-    c.schedule.cooldown = 800
+    c.schedule.cooldown = 600
     c.schedule.cooldown_shape = "linear"
     c.checkpoint.every = 400
     c.log.every = 10
     if variant == "long":
-        c.steps = 6_000
-        c.schedule.cooldown = 3_000
+        c.steps = 4_000
+        c.schedule.cooldown = 2_000
         c.checkpoint.every = 1_000
     return c.lock()
