@@ -101,7 +101,7 @@ def base() -> ConfigDict:
     c.evaluation = ConfigDict()
     c.evaluation.rows = 128  # held-out rows per source, at most
     c.evaluation.batch_rows = 8
-    c.evaluation.questions = 1_000  # of each question set, at most
+    c.evaluation.questions = 1_000  # of each kind, at most
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl

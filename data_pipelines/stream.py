@@ -154,6 +154,7 @@ class Stream:
 
     def locate(self, g: int) -> Location:
         """Where row g comes from; takes no longer for a large g."""
+        g = int(g)  # hashes below are of Python's numbers
         source, rank = self.mixture.locate(g)
         rows = len(self.builders[source].plan)
         epoch, place = divmod(rank, rows)

@@ -79,10 +79,10 @@ def _require_held_out(run: Run) -> None:
     for source in run.config.data.sources:
         folder = pathlib.Path(run.config.data.root) / source
         splits = store.read_card(folder)["splits"]
-        if store.HELD_OUT not in splits:
+        if not splits.get(store.HELD_OUT, {}).get("documents"):
             raise ValueError(
-                f"source {source!r} has no {store.HELD_OUT} split: {folder} has {sorted(splits)}. Convert it again "
-                "with --held_out=N documents set apart, or evaluate with --tasks=questions alone"
+                f"source {source!r} has no held-out documents: {folder} has {sorted(splits)}. Convert it again with a "
+                "larger --held_out=FRACTION of documents set apart, or evaluate with --tasks=questions alone"
             )
 
 

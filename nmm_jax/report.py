@@ -56,7 +56,7 @@ def examples(run: Run, tokenizer: Tokenizer) -> dict[str, list[gallery.Example]]
     held_out = [
         store.Dataset.open(root / source, store.HELD_OUT)
         for source in run.config.data.sources
-        if store.HELD_OUT in store.read_card(root / source)["splits"]
+        if store.read_card(root / source)["splits"].get(store.HELD_OUT, {}).get("documents")
     ]
     if not described:  # a question that asks for a description gets one; a picture alone has to do elsewhere
         captions = itertools.chain.from_iterable(gallery.captions_of(dataset, _PICTURES) for dataset in held_out)

@@ -38,6 +38,7 @@ from nmm_jax.training import compatibility, metrics, preemption
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.progress import Progress, say
+from nmm_jax.training.schedule import make_schedule
 from nmm_jax.training.state import State, abstract_state, initial_state
 from nmm_jax.training.step import jit_step
 
@@ -117,9 +118,10 @@ def train(config: ConfigDict, workdir: str) -> bool:
     rows = local_rows(mesh, config.batch_rows).tolist()
     c = config.data
     local = batches(stream, rows, config.batch_rows, start, c.workers, c.worker_kind, c.prefetch)
+    profile = _Profile(config, folder)
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.steps + 1):
-            _profile(config, folder, step)
+            profile.before(step)
             asked = time.perf_counter()
             batch = next(local)
             data_wait = time.perf_counter() - asked
@@ -133,6 +135,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
             if stopped:
                 say(f"SIGTERM: saving step {step}; the same command goes on from there")
                 break
+    profile.close()
     local.close()
     checkpoints.close()
     if stream.bad_images:
@@ -158,6 +161,7 @@ def _restore(
                 f"trunk.step = {step} comes after the cooldown's beginning, steps - schedule.cooldown = "
                 f"{config.steps} - {cooldown}; for a cooldown right from there give --config.steps={step + cooldown}"
             )
+        _warn_of_cooled_trunk(config, checkpoints.meta(step), step)
     else:
         return None, {"step": 0, "seen": metrics.Seen.nothing(config.data.sources).to_meta()}
     meta = checkpoints.meta(step)
@@ -169,19 +173,42 @@ def _restore(
     return state, meta
 
 
+def _warn_of_cooled_trunk(config: ConfigDict, meta: dict[str, Any], step: int) -> None:
+    """A trunk is trained at a constant rate; one that was cooled down before `step` has to be heated again."""
+    before, now = (float(make_schedule(c)(max(step - 1, 0))) for c in (loading.from_json(meta["config"]), config))
+    if before < 0.99 * now:
+        say(
+            f"trunk.step = {step} of {config.trunk.workdir} was trained at a learning rate of {before:.3g} and this "
+            f"run goes on at {now:.3g}: that trunk was cooling down already. Take a checkpoint from before its "
+            "cooldown, or train the trunk with schedule.cooldown = 0"
+        )
+
+
 def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     sharding = batch_sharding(mesh)
     spec = batch_spec(Geometry.from_config(config), config.batch_rows)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in spec.items()}
 
 
-def _profile(config: ConfigDict, folder: pathlib.Path, step: int) -> None:
-    """A trace of steps [start, start + steps) of config.profile, in workdir/profile."""
-    start, steps = config.profile.start, config.profile.steps
-    if steps and step == start:
-        jax.profiler.start_trace(str(folder / "profile"))
-    if steps and step == start + steps:
-        jax.profiler.stop_trace()
+class _Profile:
+    """A trace of the steps [start, start + steps) of config.profile that this process makes, in workdir/profile."""
+
+    def __init__(self, config: ConfigDict, folder: pathlib.Path):
+        self._steps = range(config.profile.start, config.profile.start + config.profile.steps)
+        self._folder = folder / "profile"
+        self._tracing = False
+
+    def before(self, step: int) -> None:
+        if self._tracing and step not in self._steps:
+            self.close()
+        elif not self._tracing and step in self._steps:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def close(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

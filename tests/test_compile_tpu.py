@@ -29,7 +29,8 @@ PROGRAM = textwrap.dedent(
     from nmm_jax.training.step import jit_step
 
     config = loading.load(
-        "configs/early_fusion.py:hw-300m", {"batch_rows": 32, "model.depth": 4, "mesh.fsdp": 8, "mesh.tensor": 2}
+        "configs/early_fusion.py:hw-300m",
+        {"batch_rows": 32, "row_length": 1536, "model.depth": 4, "mesh.fsdp": 8, "mesh.tensor": 2},
     )
     slice_ = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
     mesh = make_mesh(config, slice_.devices)
@@ -43,7 +44,7 @@ PROGRAM = textwrap.dedent(
     print(json.dumps({
         "gathers": len(re.findall(r" all-gather(?:-start)?\\(", text)),
         "scatters": len(re.findall(r"reduce-scatter", text)),
-        "square": len(re.findall(r"(?:pred|f32)\\[[0-9,]*1024,1024\\]", text)),
+        "square": len(re.findall(r"(?:pred|f32)\\[[0-9,]*1536,1536\\]", text)),
         "arguments": memory.argument_size_in_bytes,
         "parameters": sum(x.size for x in jax.tree.leaves(model.abstract)),
         "temporary": memory.temp_size_in_bytes,

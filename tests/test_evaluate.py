@@ -145,6 +145,6 @@ def test_data_without_held_out_documents_or_questions(workdir, root, tmp_path):
                 writer.add(document, "train")
     (tmp_path / "tokenizer.json").write_text((root / "tokenizer.json").read_text())
     run, tokenizer = restored.restore(str(workdir), None, str(tmp_path))
-    with pytest.raises(ValueError, match=r"'captions' has no held_out split.*\['train'\].*--held_out=N"):
+    with pytest.raises(ValueError, match=r"'captions' has no held-out documents.*\['train'\].*--held_out="):
         evaluate(run, tokenizer, ["held_out"], rows=1)
     assert "there is no dataset" in evaluate(run, tokenizer, ["questions"], rows=1)["notes"][0]
