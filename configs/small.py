@@ -6,6 +6,10 @@
     python -m data_pipelines.tokenizer train --input=data/captions,data/interleaved,data/text \\
         --vocab_size=8192 --output=data/tokenizer.json
     python -m nmm_jax.train --config=configs/small.py --config.data.root=data --workdir=runs/small
+
+Hardware: 2 CPU cores and 2 GB of memory. Time: 30 minutes, measured while tests ran on the same cores. Result to
+expect: on the corpus of docs/results.md (1,339 captions, 297 web pages, 1,249 texts) held-out losses of 4.35, 4.58 and
+5.65 nats a token; more data, lower losses.
 """
 
 from configs.base import base
