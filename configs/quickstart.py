@@ -8,6 +8,11 @@ or step by step:
     python -m data_pipelines.scenes --output=runs/scenes --level=quickstart
     python -m nmm_jax.train --config=configs/quickstart.py --config.data.root=runs/scenes --workdir=runs/quickstart
     python -m nmm_jax.evaluate --workdir=runs/quickstart
+
+Hardware: 2 CPU cores. Time: 222 s in all, the corpus, evaluation and report included; 1,121 s for "long", measured
+while tests ran on the same cores. Result to expect (docs/results.md): a caption loss less than half of that with
+shuffled images, colour and count questions answered right three times in four; after "long" also 97% of "which one is
+on the right-hand side?" about pairs of colour and shape seen in training, and one in five about pairs never seen.
 """
 
 from configs.base import base
