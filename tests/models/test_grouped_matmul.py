@@ -1,8 +1,5 @@
 """Grouped products against NumPy, group by group, in float64."""
 
-import importlib.util
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
