@@ -69,8 +69,25 @@ def base() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of the computation; the master weights are float32
     c.model.attention = "auto"  # auto | reference | blocked
     c.model.scan_layers = True
-    c.model.remat = "full"  # none | full | minimal (keep what is dear to recompute)
+    c.model.remat = "full"  # none | full | exchanges (keep what crossed the network) | minimal (and large products)
     c.model.vocab_chunks = 0  # chunks of the cross-entropy; 0 chooses by size
+
+    c.model.moe = ConfigDict()  # mixture of experts (docs/moe.md)
+    c.model.moe.experts = 0  # experts of a layer; 0 is a dense model
+    c.model.moe.top_k = 1  # experts that a token goes to
+    c.model.moe.every = 1  # every n-th layer has experts: layers n - 1, 2n - 1, ...
+    c.model.moe.shared = 0  # experts that every token passes, besides its own
+    c.model.moe.granularity = 1  # m: experts, shared and top_k times m, each of 1/m of the feed-forward width
+    c.model.moe.modality = "agnostic"  # agnostic | grouped (a router for each modality) | fixed (one expert for each)
+    c.model.moe.image_experts = 0  # of the experts, where they are grouped; 0 is half
+    c.model.moe.renormalise = False  # gates of the chosen experts sum to 1; not with one choice
+    c.model.moe.balance = "loss"  # loss | bias (of the choice, moved after each step; no loss)
+    c.model.moe.balance_loss = 0.01  # weight of the load-balancing loss
+    c.model.moe.z_loss = 0.001  # weight of the router z-loss
+    c.model.moe.bias_rate = 0.001  # what a bias moves in a step
+    c.model.moe.buffer_factor = 0.0  # room for tokens on a device, times the mean; 0 is for all: none is dropped
+    c.model.moe.transport = "auto"  # auto | ragged | padded | gather: how tokens travel over mesh.expert
+    c.model.moe.grouped_matmul = "auto"  # auto | blocks | megablox | tokamax
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-4  # peak

@@ -156,7 +156,11 @@ _CHOICES = {
     "model.init": ("fan_in_depth_scaled", "open_lm", "normal"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "reference", "blocked"),
-    "model.remat": ("none", "full", "minimal"),
+    "model.remat": ("none", "full", "exchanges", "minimal"),
+    "model.moe.modality": ("agnostic", "grouped", "fixed"),
+    "model.moe.balance": ("loss", "bias"),
+    "model.moe.transport": ("auto", "ragged", "padded", "gather"),
+    "model.moe.grouped_matmul": ("auto", "blocks", "megablox", "tokamax"),
     "schedule.kind": ("wsd", "cosine"),
     "schedule.cooldown_shape": ("1-sqrt", "linear"),
 }
@@ -168,6 +172,10 @@ _AT_LEAST = {
     "image.size": 1, "image.patch": 1, "image.positions": 1, "image.per_row": 0,
     "model.vocab_size": 7, "model.width": 1, "model.depth": 1, "model.heads": 1, "model.kv_heads": 0,
     "model.head_dim": 0, "model.ffn_width": 0, "model.vocab_chunks": 0,
+    "model.moe.experts": 0, "model.moe.top_k": 1, "model.moe.every": 1, "model.moe.shared": 0,
+    "model.moe.granularity": 1, "model.moe.image_experts": 0,
+    "model.moe.balance_loss": 0.0, "model.moe.z_loss": 0.0, "model.moe.bias_rate": 0.0,
+    "model.moe.buffer_factor": 0.0,
     "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.0, "optimizer.z_loss": 0.0,
     "schedule.warmup": 0, "schedule.cooldown": 0, "schedule.final_ratio": 0.0,
     "trunk.step": -1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
@@ -194,6 +202,8 @@ def validate(config: ConfigDict) -> None:
     _validate_data(config)
     _validate_image(config)
     _validate_model(config)
+    if config.model.moe.experts:
+        _validate_experts(config)
     _validate_training(config)
 
 
@@ -260,6 +270,52 @@ def _validate_model(config: ConfigDict) -> None:
             model.heads % model.kv_heads == 0,
             f"model.heads = {model.heads} is no multiple of model.kv_heads = {model.kv_heads}",
         )
+
+
+def _validate_experts(config: ConfigDict) -> None:
+    model, moe = config.model, config.model.moe
+    _require(
+        model.depth % moe.every == 0,
+        f"model.depth = {model.depth} is no multiple of model.moe.every = {moe.every}; the last layer must have experts",
+    )
+    if model.ffn_width:
+        _require(
+            model.ffn_width % moe.granularity == 0,
+            f"model.ffn_width = {model.ffn_width} does not divide into model.moe.granularity = {moe.granularity} parts",
+        )
+    group, which = moe.experts, "model.moe.experts"
+    if moe.modality == "fixed":
+        _require(
+            moe.experts == 2 and moe.top_k == 1 and moe.granularity == 1,
+            f"model.moe.modality = 'fixed' is one expert for text and one for images: experts = 2, top_k = 1 and "
+            f"granularity = 1, not {moe.experts}, {moe.top_k} and {moe.granularity}; for more of each take 'grouped'",
+        )
+    elif moe.modality == "grouped":
+        _require(
+            moe.experts >= 2 and moe.image_experts < moe.experts,
+            f"model.moe.image_experts = {moe.image_experts} of model.moe.experts = {moe.experts} leaves an empty "
+            "group: text and images need at least one expert each (image_experts = 0 is half of them)",
+        )
+        images = moe.image_experts or moe.experts // 2
+        group, which = min(images, moe.experts - images), "the smaller group of experts"
+    _require(
+        moe.top_k <= group,
+        f"model.moe.top_k = {moe.top_k} is more than {which}, {group}; a token goes to k different ones",
+    )
+    _require(
+        not (moe.renormalise and moe.top_k * moe.granularity == 1),
+        "model.moe.renormalise with one choice makes every gate 1, and the router's gradient 0; leave it off",
+    )
+    _require(
+        moe.buffer_factor == 0 or moe.buffer_factor >= 1,
+        f"model.moe.buffer_factor = {moe.buffer_factor} has no room for the mean load; set 0 (for all) or at least 1",
+    )
+    experts = moe.experts * moe.granularity
+    _require(
+        config.mesh.expert < 1 or experts % config.mesh.expert == 0,
+        f"{experts} experts (model.moe.experts * granularity) do not divide over mesh.expert = {config.mesh.expert}; "
+        "make mesh.expert a divisor",
+    )
 
 
 def _validate_training(config: ConfigDict) -> None:

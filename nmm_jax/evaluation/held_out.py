@@ -13,7 +13,7 @@ from data_pipelines.stream import HeldOut
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.evaluation.shuffled_images import donors, exchange
 from nmm_jax.evaluation.statistics import Estimate, ratio
-from nmm_jax.parallel.sharding import constrainer, replicated
+from nmm_jax.parallel.sharding import Constrain, replicated
 from nmm_jax.training.checkpoints import Run
 from nmm_jax.training.losses import cross_entropy
 
@@ -34,7 +34,7 @@ RowSums = Callable[[Any, dict[str, Array]], tuple[Float[Array, "B"], Float[Array
 
 def make_row_sums(run: Run) -> RowSums:
     """(params, batch) -> for each row the sums of loss_mask * CE and of loss_mask; compiled once per batch shape."""
-    constrain, chunks = constrainer(run.mesh), run.config.model.vocab_chunks
+    constrain, chunks = Constrain(run.mesh), run.config.model.vocab_chunks
 
     def row_sums(params: Any, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         hidden, _ = run.model.hidden(params, batch, constrain=constrain)

@@ -24,7 +24,7 @@ from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.evaluation.sampling import token_logits, writable
 from nmm_jax.evaluation.statistics import proportion
-from nmm_jax.parallel.sharding import constrainer, replicated
+from nmm_jax.parallel.sharding import Constrain, replicated
 from nmm_jax.training.checkpoints import Run
 
 FOLDER, SPLIT = "questions", "questions"
@@ -95,7 +95,7 @@ def ask(run: Run, tokenizer: Tokenizer, questions: Sequence[Document], title: st
 
 
 def _make_is_right(run: Run, tokenizer: Tokenizer) -> Callable[[Any, Mapping[str, Array]], Bool[Array, "B"]]:
-    constrain = constrainer(run.mesh)
+    constrain = Constrain(run.mesh)
     allowed = jnp.asarray(writable(tokenizer, run.config.model.vocab_size))
 
     def is_right(params: Any, batch: Mapping[str, Array]) -> Bool[Array, "B"]:

@@ -14,7 +14,7 @@ from data_pipelines.geometry import Geometry
 from data_pipelines.rows import build_documents
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
-from nmm_jax.parallel.sharding import constrainer, replicated
+from nmm_jax.parallel.sharding import Constrain, replicated
 from nmm_jax.training.checkpoints import Run
 
 
@@ -79,7 +79,7 @@ class Sampler:
         self._geometry = Geometry.from_config(run.config)
         self._size = size_on(run.mesh, rows)
         allowed = jnp.asarray(writable(tokenizer, run.config.model.vocab_size))
-        constrain = constrainer(run.mesh)
+        constrain = Constrain(run.mesh)
 
         def next_token(params: Any, hidden: Array, seeds: Array, step: Array, sampling: Sampling) -> Array:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)

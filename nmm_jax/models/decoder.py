@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from nmm_jax.models.layers import Constrain, Norm, SwiGLU, rotate, weight
+from nmm_jax.models.layers import Norm, SwiGLU, rotate, weight
+from nmm_jax.models.moe import EXCHANGED, MoE
+from nmm_jax.models.routing import Statistics
 from nmm_jax.models.spec import Spec
+from nmm_jax.parallel.sharding import Constrain
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # What a layer keeps for its backward pass under model.remat = "minimal": the outputs of its large products and of
-# attention. Norms, rotary turns and the activation are computed again.
-KEPT = ("query", "key", "value", "attended", "ffn_gate", "ffn_up")
+# attention, and what crossed the network. Norms, rotary turns and the activation are computed again.
+KEPT = ("query", "key", "value", "attended", "ffn_gate", "ffn_up", *EXCHANGED)
 
 
 class SelfAttention(nnx.Module):
@@ -63,68 +66,115 @@ class SelfAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + f(norm(x)), or x + norm(f(x)) where norms come after the sublayer; f is attention, then SwiGLU."""
+    """x + f(norm(x)), or x + norm(f(x)) where norms come after the sublayer; f is attention, then SwiGLU or experts."""
 
-    def __init__(self, spec: Spec, layer: Array | int, *, rngs: nnx.Rngs):
+    def __init__(self, spec: Spec, layer: Array | int, *, rngs: nnx.Rngs, experts: bool):
         self.norm_after = spec.norm_position == "post"
         self.attention_norm = Norm(spec, (spec.width,), (None,))
         self.attention = SelfAttention(spec, layer, rngs=rngs)
         self.ffn_norm = Norm(spec, (spec.width,), (None,))
-        self.ffn = SwiGLU(spec, layer, rngs=rngs)
+        self.ffn = MoE(spec, layer, rngs=rngs) if experts else SwiGLU(spec, layer, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B S D"], rotary: tuple[Array, Array], attend: Attend, constrain: Constrain
-    ) -> tuple[Float[Array, "B S D"], Any]:
+        self,
+        x: Float[Array, "B S D"],
+        rotary: tuple[Array, Array],
+        modality: Int[Array, "B S"],
+        attend: Attend,
+        constrain: Constrain,
+    ) -> tuple[Float[Array, "B S D"], Any, Statistics]:
+        """The output, what `attend` kept, and the router's statistics (models/moe.py), of which SwiGLU has none."""
         if self.norm_after:
             attended, kept = self.attention(x, rotary, attend, constrain)
             x = x + self.attention_norm(attended)
-            x = x + self.ffn_norm(self.ffn(x, constrain))
+            y, statistics = self.feed_forward(x, modality, constrain)
+            x = x + self.ffn_norm(y)
         else:
             attended, kept = self.attention(self.attention_norm(x), rotary, attend, constrain)
             x = x + attended
-            x = x + self.ffn(self.ffn_norm(x), constrain)
-        return constrain(x, ("batch", "sequence", "embed_act")), kept
+            y, statistics = self.feed_forward(self.ffn_norm(x), modality, constrain)
+            x = x + y
+        return constrain(x, ("batch", "sequence", "embed_act")), kept, statistics
+
+    def feed_forward(self, x: Array, modality: Array, constrain: Constrain) -> tuple[Array, Statistics]:
+        if isinstance(self.ffn, MoE):
+            return self.ffn(x, modality, constrain)
+        return self.ffn(x, constrain), {}
 
 
-def stack_blocks(spec: Spec, *, rngs: nnx.Rngs) -> Block:
-    """One Block whose parameters have a leading axis of all layers, named "layers"."""
+class Period(nnx.Module):
+    """Consecutive layers of different kinds: the last has experts, the others are dense."""
 
-    @nnx.split_rngs(splits=spec.depth)
+    def __init__(self, spec: Spec, period: Array | int, *, rngs: nnx.Rngs):
+        for j in range(spec.period):
+            last = j == spec.period - 1
+            setattr(self, f"block_{j}", Block(spec, period * spec.period + j, rngs=rngs, experts=last))
+
+
+def stack_blocks(spec: Spec, *, rngs: nnx.Rngs) -> Block | Period:
+    """One Block whose parameters have a leading axis of all layers, named "layers".
+
+    Where only every n-th layer has experts, a Period of n blocks, each with a leading axis of depth / n.
+    """
+
+    @nnx.split_rngs(splits=spec.depth // spec.period)
     @nnx.vmap(in_axes=(0, 0), transform_metadata={nnx.PARTITION_NAME: "layers", "logical": "layers"})
-    def make(rngs: nnx.Rngs, layer: Array) -> Block:
-        return Block(spec, layer, rngs=rngs)
+    def make(rngs: nnx.Rngs, index: Array) -> Block | Period:
+        if spec.period == 1:
+            return Block(spec, index, rngs=rngs, experts=spec.moe is not None)
+        return Period(spec, index, rngs=rngs)
 
-    return make(rngs, jnp.arange(spec.depth))
+    return make(rngs, jnp.arange(spec.depth // spec.period))
 
 
 def run_blocks(
-    spec: Spec, blocks: Block, x: Float[Array, "B S D"], apply: Callable[..., tuple[Array, Any]], per_layer: Any = None
-) -> tuple[Float[Array, "B S D"], Any]:
+    spec: Spec,
+    blocks: Block | Period,
+    x: Float[Array, "B S D"],
+    apply: Callable[..., tuple[Array, Any, Statistics]],
+    per_layer: Any = None,
+) -> tuple[Float[Array, "B S D"], Any, Statistics]:
     """x through all layers.
 
     Args:
-      apply: (block, x, per_layer's slice) -> (x, kept), for one layer.
+      apply: (block, x, per_layer's slice) -> (x, kept, statistics), for one layer.
       per_layer: arrays with a leading axis of layers, such as a cache; or None.
 
     Returns:
-      The output, and what the layers kept, stacked.
+      The output, what the layers kept, stacked, and the statistics of those with experts, stacked.
     """
     graph, state = nnx.split(blocks)
+    period = spec.period
 
-    def layer(x, inputs):
-        params, own = inputs
-        return apply(nnx.merge(graph, params), x, own)
+    def layer(j: int, params: Any, x: Array, own: Any) -> tuple[Array, Any, Statistics]:
+        merged = nnx.merge(graph, params)
+        return apply(merged if period == 1 else getattr(merged, f"block_{j}"), x, own)
 
     if spec.remat != "none":
         # Inside a loop nothing can undo the recomputation; unrolled, common subexpressions would be merged again.
-        layer = jax.checkpoint(layer, policy=remat_policy(spec.remat), prevent_cse=not spec.scan_layers)
-    return jax.lax.scan(layer, x, (state, per_layer), unroll=1 if spec.scan_layers else spec.depth)
+        policy = remat_policy(spec.remat)
+        layer = jax.checkpoint(layer, static_argnums=0, policy=policy, prevent_cse=not spec.scan_layers)
+
+    def layers_of_period(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, tuple[Any, Statistics]]:
+        params, own = inputs
+        kept = []
+        for j in range(period):
+            x, kept_here, statistics = layer(j, params, x, jax.tree.map(lambda a, j=j: a[j], own))
+            kept.append(kept_here)
+        return x, (jax.tree.map(lambda *a: jnp.stack(a), *kept), statistics)
+
+    per_period = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), per_layer)
+    unroll = 1 if spec.scan_layers else spec.depth // period
+    x, (kept, statistics) = jax.lax.scan(layers_of_period, x, (state, per_period), unroll=unroll)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept), statistics
 
 
 def remat_policy(name: str) -> Callable[..., bool]:
-    """Which of a layer's values are kept for the backward pass."""
+    """Which of a layer's values are kept for the backward pass, besides its input."""
     if name == "full":
         return jax.checkpoint_policies.nothing_saveable
+    if name == "exchanges":
+        return jax.checkpoint_policies.save_only_these_names(*EXCHANGED)
     if name == "minimal":
         return jax.checkpoint_policies.save_only_these_names(*KEPT)
-    raise ValueError(f"model.remat = {name!r}; expected none, full or minimal")
+    raise ValueError(f"model.remat = {name!r}; expected none, full, exchanges or minimal")

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from nmm_jax.models.attention import attention, masked_attention
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks
-from nmm_jax.models.layers import Constrain, Norm, PatchEmbedding, TokenEmbedding, rotary_tables, weight
+from nmm_jax.models.layers import Norm, PatchEmbedding, TokenEmbedding, rotary_tables, weight
+from nmm_jax.models.routing import Statistics
 from nmm_jax.models.spec import Spec
+from nmm_jax.parallel.sharding import Constrain
 
 Cache = dict[str, Array]
 
@@ -41,9 +43,10 @@ class EarlyFusion(nnx.Module):
 
     def __call__(
         self, batch: dict[str, Array], constrain: Constrain, keep_cache: bool = False
-    ) -> tuple[Float[Array, "B S D"], Any]:
-        """Hidden states of packed rows and, if asked for, every layer's keys and values [L,B,S,G,K]."""
+    ) -> tuple[Float[Array, "B S D"], Any, Statistics]:
+        """Hidden states of packed rows, if asked for every layer's keys and values [L,B,S,G,K], and of the routers."""
         spec = self.spec
+        modality = jnp.where(batch["segment_ids"] > 0, (batch["image_index"] >= 0).astype(jnp.int32), -1)
         rotary = rotary_tables(batch["positions"], spec.head_dim, spec.rope_theta)
 
         def attend(q, k, v):
@@ -51,10 +54,10 @@ class EarlyFusion(nnx.Module):
             return out, (k, v) if keep_cache else None
 
         def apply(block: Block, x, _):
-            return block(x, rotary, attend, constrain)
+            return block(x, rotary, modality, attend, constrain)
 
-        x, kept = run_blocks(spec, self.layers, self.inputs(batch, constrain), apply)
-        return self.final_norm(x), kept
+        x, kept, statistics = run_blocks(spec, self.layers, self.inputs(batch, constrain), apply)
+        return self.final_norm(x), kept, statistics
 
     def inputs(self, batch: dict[str, Array], constrain: Constrain) -> Float[Array, "B S D"]:
         """Token embeddings, and patch embeddings where image_index says so."""
@@ -81,8 +84,8 @@ class EarlyFusion(nnx.Module):
             return masked_attention(q, keys, values, mask), (keys, values)
 
         def apply(block: Block, x, own_cache):
-            return block(x, rotary, partial(attend, own_cache), constrain)
+            return block(x, rotary, jnp.zeros_like(token[:, None]), partial(attend, own_cache), constrain)
 
         x = self.embed(token[:, None], constrain).astype(spec.dtype)
-        x, (keys, values) = run_blocks(spec, self.layers, x, apply, (cache["key"], cache["value"]))
+        x, (keys, values), _ = run_blocks(spec, self.layers, x, apply, (cache["key"], cache["value"]))
         return self.final_norm(x)[:, 0], cache | {"key": keys, "value": values}

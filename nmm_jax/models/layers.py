@@ -7,8 +7,6 @@ Letters in shapes: B rows, S positions, D width, H heads, G key-value heads, K h
 V vocabulary, I images of a row, P patches of an image.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,8 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from nmm_jax.models.initializers import Role, initialize
 from nmm_jax.models.spec import Spec
-
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]  # lays an array out over the mesh by its axes' names
+from nmm_jax.parallel.sharding import Constrain
 
 
 def weight(
@@ -66,8 +63,9 @@ def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, spec: Spec, layer: Array | int, *, rngs: nnx.Rngs):
-        d, f = spec.width, spec.ffn_width
+    def __init__(self, spec: Spec, layer: Array | int, *, rngs: nnx.Rngs, width: int = 0):
+        """width: F, if not the model's."""
+        d, f = spec.width, width or spec.ffn_width
         self.gate = weight(spec, rngs, {"embed": d, "mlp": f}, role="inner", inputs=d)
         self.up = weight(spec, rngs, {"embed": d, "mlp": f}, role="inner", inputs=d)
         self.down = weight(spec, rngs, {"mlp": f, "embed": d}, role="residual", inputs=f, layer=layer)

@@ -6,6 +6,9 @@ layers are stacked on their first axis:
     embed/tokens [V,D]   patches/{kernel [patch*patch*3,D], bias [D], patch_positions [P,D]}
     layers/attention/{query,key,value,out,...}, layers/ffn/{gate,up,down}, layers/*_norm/scale   final_norm/scale [D]
     head/kernel [D,V] (absent when embeddings are tied)
+
+With experts a layer has ffn/router/kernel [D,E], ffn/experts/{gate,up [E,D,F], down [E,F,D]} and perhaps ffn/shared; if
+only every n-th layer has, layers/block_0/... to layers/block_<n-1>/... are stacked apart, and the last is the one.
 """
 
 import dataclasses
@@ -18,16 +21,14 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from nmm_jax.models.early_fusion import Cache, EarlyFusion
-from nmm_jax.models.layers import Constrain
+from nmm_jax.models.routing import Statistics, rebalanced
 from nmm_jax.models.spec import Spec
+from nmm_jax.parallel.sharding import Constrain
 
 Params = dict[str, Any]
 
-
-def anywhere(x: Array, logical_axes: tuple[str | None, ...]) -> Array:
-    """The `constrain` of a model on one device: leaves layout to XLA."""
-    del logical_axes
-    return x
+ON_ONE_DEVICE = Constrain()
+ROUTER_LOSSES = ("balance_loss", "router_z_loss")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,23 +47,41 @@ class Model:
         return nnx.to_pure_dict(state)
 
     def hidden(
-        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = anywhere
-    ) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
-        """Last hidden states of a packed batch, in the compute type, and auxiliary losses by name.
+        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = ON_ONE_DEVICE
+    ) -> tuple[Float[Array, "B S D"], Statistics]:
+        """Last hidden states of a packed batch, in the compute type, and what its routers did ({} without any).
 
         Args:
           batch: tokens, segment_ids, attend_until, positions, image_index [B,S] and images [B,I,height,width,3] uint8.
           constrain: lays activations out over the mesh, given the names of their axes.
+
+        Returns:
+          x, and of the L layers with experts: balance_loss and router_z_loss [] (means over layers), expert_tokens
+          int32 [L,2,E] ((token, choice) pairs of text and of images that chose each expert), dropped_tokens int32 [L]
+          (those that found no room in a bounded buffer), router_entropy [L,2] (sums over tokens, nats).
         """
-        x, _ = self._network(params)(batch, constrain)
-        return x, {}
+        x, _, statistics = self._network(params)(batch, constrain)
+        losses = {k: v.mean() for k, v in statistics.items() if k in ROUTER_LOSSES}
+        return x, statistics | losses
+
+    def rebalanced(self, params: Params, expert_tokens: Int[Array, "L 2 E"]) -> Params:
+        """The parameters with the routers' biases moved after a step, where they balance the load; else as they are."""
+        moe = self.spec.moe
+        if moe is None or moe.balance != "bias" or moe.modality == "fixed":
+            return params
+
+        def move(path: Any, x: Array) -> Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return rebalanced(moe, x, expert_tokens) if name.endswith("ffn/router/bias") else x
+
+        return jax.tree_util.tree_map_with_path(move, params)
 
     def unembedding(self, params: Params) -> Float[Array, "D V"]:
         """The float32 matrix from hidden states to logits."""
         return params["embed"]["tokens"].T if self.spec.tie_embeddings else params["head"]["kernel"]
 
     def prefill(
-        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = anywhere
+        self, params: Params, batch: dict[str, Array], *, constrain: Constrain = ON_ONE_DEVICE
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Hidden states of prompts, and the cache to go on from.
 
@@ -73,7 +92,7 @@ class Model:
           Hidden states, and a cache of {"key", "value": [L,B,S,G,K], "rotary_offset": [B]}; the last is what a row's
           rotary positions lag behind its places (nothing, unless the patches of an image share one).
         """
-        hidden, (keys, values) = self._network(params)(batch, constrain, keep_cache=True)
+        hidden, (keys, values), _ = self._network(params)(batch, constrain, keep_cache=True)
         last = jnp.maximum((batch["segment_ids"] == 1).sum(1) - 1, 0)
         rotary = jnp.take_along_axis(batch["positions"], last[:, None], axis=1)[:, 0]
         return hidden, {"key": keys, "value": values, "rotary_offset": rotary - last}
@@ -85,7 +104,7 @@ class Model:
         position: Int[Array, "B"],
         cache: Cache,
         *,
-        constrain: Constrain = anywhere,
+        constrain: Constrain = ON_ONE_DEVICE,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Hidden states after one more text token a row, at place `position` of it (from 0), and the renewed cache."""
         return self._network(params).decode(token, position, cache, constrain)

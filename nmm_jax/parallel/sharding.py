@@ -1,6 +1,6 @@
 """Where each array lives: the logical names of its axes, mapped to the axes of the mesh."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": "expert",
+    "router": None,
     "patch": None,
     # activations
     "batch": BATCH_AXES,
@@ -36,6 +38,7 @@ _KEYS = {
     "heads": "model.heads",
     "kv_heads": "model.kv_heads",
     "mlp": "model.ffn_width",
+    "expert": "model.moe.experts",
 }
 
 Axes = tuple[str | None, ...]
@@ -87,10 +90,19 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
 
 
-def constrainer(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """`constrain(x, ("batch", "sequence", "embed_act"))`, what a model calls on its activations."""
+@dataclasses.dataclass(frozen=True)
+class Constrain:
+    """`constrain(x, ("batch", "sequence", "embed_act"))`: what a model calls on its activations.
 
-    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+    Without a mesh, a model on one device, it leaves them as they are.
+    """
 
-    return constrain
+    mesh: Mesh | None = None
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that will run it: not this machine's where a program is compiled ahead of time."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform

@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 
 from nmm_jax.models import Model
 from nmm_jax.parallel.mesh import BATCH_AXES
-from nmm_jax.parallel.sharding import batch_sharding, constrainer, param_shardings, replicated
+from nmm_jax.parallel.sharding import Constrain, batch_sharding, param_shardings, replicated
 from nmm_jax.training.losses import cross_entropy, masked_sums
 from nmm_jax.training.schedule import make_schedule
 from nmm_jax.training.state import State, abstract_state, shardings_of
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
@@ -38,6 +38,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
       loss_sum_by_source, mask_sum_by_source                                            float32 [K]
       tokens_by_source (real positions)                                                 int32 [K]
       images (filled slots), attended_pairs (of a query and a key it sees)              int32 [], float32 []
+      router, of a model with experts: what Model.hidden returns, summed over microbatches (its losses: their mean)
     """
     schedule = make_schedule(config)
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
@@ -50,6 +51,9 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
         grads = jax.lax.with_sharding_constraint(grads, shardings)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
+        router = sums["router"]
+        if router:
+            params = model.rebalanced(params, router["expert_tokens"])
         metrics = {
             "loss": sums["loss_sum"] / _total(batch),
             "loss_sum_by_source": sums["loss_sum_by_source"],
@@ -60,6 +64,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
             "tokens_by_source": _tokens_by_source(batch, num_sources),
             "images": batch["image_mask"].sum(dtype=jnp.int32),
             "attended_pairs": _attended_pairs(batch),
+            "router": router,
         }
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
@@ -78,19 +83,24 @@ def jit_step(model: Model, optimizer: optax.GradientTransformation, config: Conf
 
 
 def _make_gradients(model: Model, config: ConfigDict, mesh: Mesh) -> Callable[[Any, Batch], tuple[Metrics, Any]]:
-    """(params, batch) -> (sums over the batch, gradients of loss + z_loss)."""
+    """(params, batch) -> (sums over the batch, gradients of loss + z_loss + the routers' losses)."""
     num_sources, chunks, z_loss = len(config.data.sources), config.model.vocab_chunks, config.optimizer.z_loss
     accumulation = config.gradient_accumulation
-    constrain = constrainer(mesh)
+    moe, balance_by_loss = config.model.moe, config.model.moe.balance == "loss"
+    router_weights = {"balance_loss": moe.balance_loss if balance_by_loss else 0.0, "router_z_loss": moe.z_loss}
+    constrain = Constrain(mesh)
 
     def objective(params: Any, batch: Batch, total: Float[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        hidden, _ = model.hidden(params, batch, constrain=constrain)
+        hidden, router = model.hidden(params, batch, constrain=constrain)
         ce, log_z = cross_entropy(hidden, model.unembedding(params), batch["targets"], chunks)
         sums = masked_sums(ce, batch, num_sources)
         penalised = sums["loss_sum"]
         if z_loss:  # keeps the normaliser of the softmax near 1 (PaLM, arXiv:2204.02311)
             penalised += z_loss * (batch["loss_mask"] * jnp.square(log_z)).sum()
-        return penalised / total, sums
+        # The routers' losses are products of means over tokens: of the microbatch, where there are several.
+        router |= {name: router[name] / accumulation for name in router_weights if router}
+        auxiliary = sum(weight * router[name] for name, weight in router_weights.items() if router)
+        return penalised / total + auxiliary, {**sums, "router": router}
 
     def of_part(params: Any, part: Batch, total: Float[Array, ""]) -> tuple[Metrics, Any]:
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, part, total)
