@@ -59,8 +59,7 @@ def experts_of(run: Run) -> Experts:
             "models that do"
         )
     layers = tuple(range(moe.every - 1, run.model.spec.depth, moe.every))
-    image = {"agnostic": 0, "fixed": 1, "grouped": moe.image_experts}[moe.modality]
-    return Experts(moe.experts, layers, moe.modality, image)
+    return Experts(moe.experts, layers, moe.modality, moe.image_experts)
 
 
 def measure(run: Run, rows: int) -> results.Results:
@@ -183,7 +182,7 @@ def render(found: results.Results, title: str, model: str) -> str:
             "load": routing_figures.loads(found),
             "layers": routing_figures.by_layer(found),
         },
-        annotated=found["experts"]["count"] <= routing_figures.MOST_ANNOTATED,
+        alone=[name for name, one in found["sources"].items() if not all(one["tokens"].values())],
     )
 
 

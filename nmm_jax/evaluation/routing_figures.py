@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nmm_jax.evaluation.figures import _INK, _STYLE, COLOURS, _svg
 
-MOST_ANNOTATED = 16  # experts, with their numbers in the cells
+_ANNOTATED = 16  # experts, with their numbers in the cells
 _WIDTH = 8.6  # inches; the page scales it to its own width
 _OCTAVES = 2  # loads are coloured from 1/4 to 4 times the even share
 _LABELLED = 32  # experts or layers that have room for a label each
@@ -21,9 +21,12 @@ Found = Mapping[str, Any]
 
 
 def image_shares(found: Found) -> str:
-    """Heatmaps, one a source, of the share of images among each expert's tokens."""
-    panels = {name: 100 * _array(one["image_share"]) for name, one in _panels(found).items()}
-    titles = {name: f"{name}: {_images(one):.0%} of tokens are images" for name, one in _panels(found).items()}
+    """Heatmaps, one a source of both modalities, of the share of images among each expert's tokens."""
+    both = {name: one for name, one in _panels(found).items() if _mixed(one)}
+    if not both:
+        return ""
+    panels = {name: 100 * _array(one["image_share"]) for name, one in both.items()}
+    titles = {name: f"{name} ({_images(one):.0%} images)" for name, one in both.items()}
     colours = {"cmap": "PuOr_r", "vmin": 0, "vmax": 100}
     label = "images among an expert's tokens (%)"
     return _heatmaps(found, panels, titles, colours, label, "{:.0f}".format, "Share of images by expert")
@@ -48,14 +51,17 @@ def by_layer(found: Found) -> str:
     """Specialisation in both definitions, entropy and imbalance against the layer, a line for each source."""
     layers, count = found["experts"]["layers"], found["experts"]["count"]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 5.2), layout="constrained")
+        figure = Figure((_WIDTH, 5.4), layout="constrained")
         figure.patch.set_alpha(0)
-        (score, deviation), (entropy, imbalance) = figure.subplots(2, 2)
+        (score, deviation), (entropy, imbalance) = figure.subplots(2, 2, gridspec_kw={"hspace": 0.1})
         for (name, one), colour in zip(_panels(found).items(), _line_colours(found), strict=True):
-            line = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.6, "clip_on": False}
-            score.plot(layers, _array(one["specialisation"]), label=name, **line)
-            score.axhline(one["specialisation_baseline"], color=colour, linewidth=1, linestyle=":")
-            deviation.plot(layers, count * _array(one["deviation"]["mean"]), **line)
+            # All sources lie below the single ones, to which they are often close.
+            zorder = 3 if name in found["sources"] else 2
+            line = {"color": colour, "marker": "o", "markersize": 3, "clip_on": False, "zorder": zorder}
+            if _mixed(one):
+                score.plot(layers, _array(one["specialisation"]), **line)
+                score.axhline(one["specialisation_baseline"], color=colour, linewidth=1, linestyle=":")
+            deviation.plot(layers, count * _array(one["deviation"]["mean"]), label=name, **line)
             for modality, style in (("text", "-"), ("image", "--")):
                 entropy.plot(layers, _array(one["entropy_share"][modality]), linestyle=style, **line)
             imbalance.plot(layers, _array(one["imbalance"]), **line)
@@ -76,7 +82,9 @@ def by_layer(found: Found) -> str:
             axes.set_xlim(min(layers) - 0.3, max(layers) + 0.3)
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.title.set_fontsize(9.5)
-        figure.legend(*score.get_legend_handles_labels(), loc="outside upper center", ncols=len(found["sources"]) + 1)
+        figure.legend(
+            *deviation.get_legend_handles_labels(), loc="outside upper center", ncols=len(found["sources"]) + 1
+        )
         return _svg(figure, "Routing by layer")
 
 
@@ -91,9 +99,9 @@ def _heatmaps(
 ) -> str:
     """Layers down, experts across; hatched where an expert has no tokens. `text` writes a cell's number."""
     experts = found["experts"]
-    columns = max(1, min(len(panels), 2 * MOST_ANNOTATED // experts["count"]))
+    columns = max(1, min(len(panels), 2 * _ANNOTATED // experts["count"]))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "hatch.color": _INK, "hatch.linewidth": 0.5}):
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "hatch.color": _INK, "hatch.linewidth": 0.7}):
         height = rows * (0.7 + max(0.5, 0.17 * len(experts["layers"]))) + 0.7
         figure = Figure((_WIDTH, height), layout="constrained")
         figure.patch.set_alpha(0)
@@ -102,12 +110,12 @@ def _heatmaps(
             shown = axes.imshow(panel, interpolation="none", aspect="auto", **colours)
             axes.set_title(titles[name], fontsize=9)
             _cells(axes, experts)
-            if experts["count"] <= MOST_ANNOTATED:
+            if experts["count"] <= _ANNOTATED:
                 _annotate(axes, panel, shown, text)
         for axes in all_axes[len(panels) :]:
             axes.set_visible(False)
         bar = figure.colorbar(
-            shown, ax=all_axes, orientation="horizontal", location="bottom", shrink=0.5, aspect=40, label=label
+            shown, ax=all_axes, location="bottom", shrink=0.5, aspect=40, pad=0.15 / height, label=label
         )
         if colours["vmin"] < 0:
             octaves = range(-_OCTAVES, _OCTAVES + 1)
@@ -120,7 +128,7 @@ def _heatmaps(
 def _cells(axes: Axes, experts: Found) -> None:
     """The frame of a heatmap: names of layers and experts, the border between text's and images' experts."""
     layers, labels = experts["layers"], experts["labels"]
-    axes.patch.set(facecolor="none", hatch="////", edgecolor=_INK, alpha=0.5)
+    axes.patch.set(facecolor="none", hatch="//////", edgecolor=_INK)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=7.5)
     for axis, names in ((axes.xaxis, labels), (axes.yaxis, layers)):
@@ -150,9 +158,13 @@ def _line_colours(found: Found) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(found["sources"]))] + [_INK] * (len(found["sources"]) > 1)
 
 
+def _mixed(one: Found) -> bool:
+    """Whether there are both text and images; of one alone, experts see that one."""
+    return all(one["tokens"].values())
+
+
 def _images(one: Found) -> float:
-    tokens = one["tokens"]
-    return tokens["image"] / max(1, tokens["text"] + tokens["image"])
+    return one["tokens"]["image"] / sum(one["tokens"].values())
 
 
 def _array(values: Sequence[Any]) -> np.ndarray:
