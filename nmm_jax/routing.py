@@ -59,7 +59,7 @@ def experts_of(run: Run) -> Experts:
             "models that do"
         )
     layers = tuple(range(moe.every - 1, run.model.spec.depth, moe.every))
-    return Experts(moe.experts, layers, moe.modality, moe.image_experts)
+    return Experts(moe.experts, layers, moe.top_k, moe.modality, moe.image_experts)
 
 
 def measure(run: Run, rows: int) -> results.Results:
@@ -80,14 +80,7 @@ def measure(run: Run, rows: int) -> results.Results:
     first, *others = counts.values()
     return {
         "step": run.step,
-        "experts": {
-            "count": experts.count,
-            "top_k": run.model.spec.moe.top_k,
-            "modality": experts.modality,
-            "image": experts.image,
-            "labels": experts.labels,
-            "layers": list(experts.layers),
-        },
+        "experts": experts.to_json(),
         "sources": {source: statistics(one, experts) for source, one in counts.items()},
         "all": statistics(sum(others, first), experts),
     }

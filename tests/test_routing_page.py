@@ -139,7 +139,7 @@ def test_a_dense_model():
         routing.measure(run, rows=1)
 
 
-def made_up(experts, top_k=1):
+def made_up(experts):
     """Two sources, of both modalities and of text alone, of which the last expert has nothing."""
     generator = np.random.default_rng(0)
     of_source = {}
@@ -151,20 +151,13 @@ def made_up(experts, top_k=1):
                 allowed = slice(experts.count - experts.image, None) if m else slice(0, experts.count - experts.image)
             for layer in expert_tokens:
                 size = len(layer[m, allowed])
-                layer[m, allowed] = generator.multinomial(n * top_k, np.full(size, 1 / size))
+                layer[m, allowed] = generator.multinomial(n, np.full(size, 1 / size))
         entropy = 0.5 * np.array([[100, images]] * len(experts.layers))
         tokens = np.array([100, images])
         of_source[source] = Counts(expert_tokens, entropy, np.zeros(len(experts.layers), int), tokens, 4)
     return {
         "step": 20,
-        "experts": {
-            "count": experts.count,
-            "top_k": top_k,
-            "modality": experts.modality,
-            "image": experts.image,
-            "labels": experts.labels,
-            "layers": list(experts.layers),
-        },
+        "experts": experts.to_json(),
         "sources": {source: statistics(counts, experts) for source, counts in of_source.items()},
         "all": statistics(of_source["pairs"] + of_source["prose"], experts),
     }
@@ -194,10 +187,10 @@ def test_the_page_says_it_all():
 
 
 def test_pages_of_experts_that_belong_to_a_modality():
-    grouped = page_of(Experts(6, (0, 1, 2), "grouped", image=2))
+    grouped = page_of(Experts(6, (0, 1, 2), modality="grouped", image=2))
     assert "a router among 4 experts for text (T), one among 2 for images (I)" in grouped.text
     assert "T3" in grouped.text and "I4" in grouped.text and "by construction" in grouped.text
-    fixed = page_of(Experts(2, (1, 3), "fixed", image=1))
+    fixed = page_of(Experts(2, (1, 3), modality="fixed", image=1))
     assert "no router: one expert for text, one for images" in fixed.text
 
 
@@ -208,7 +201,7 @@ def test_a_page_of_many_experts_has_no_numbers_in_its_cells():
 
 
 def test_the_table_names_the_busiest_expert():
-    found = made_up(Experts(3, (1,), "grouped", image=1))
+    found = made_up(Experts(3, (1,), modality="grouped", image=1))
     lines = routing.table(found).splitlines()
     busiest = next(line for line in lines if line.startswith("  1 "))
     assert "I2: 60%, 100% images" in busiest  # all 300 images, of 500 tokens

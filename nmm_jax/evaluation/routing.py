@@ -20,6 +20,7 @@ class Experts:
 
     count: int
     layers: tuple[int, ...]  # that have experts, by their number in the network, from 0
+    top_k: int = 1  # experts that a token goes to
     modality: str = "agnostic"  # or "fixed" (one expert a modality, no router), or "grouped" (a router a modality)
     image: int = 0  # experts, the last, that see images only; 0 where every expert sees every token
 
@@ -30,6 +31,9 @@ class Experts:
             return list(MODALITIES)
         text = self.count - self.image
         return [f"{'T' if e < text else 'I'}{e}" if self.image else str(e) for e in range(self.count)]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"layers": list(self.layers), "labels": self.labels}
 
     @property
     def choices(self) -> Int[np.ndarray, "M"]:
@@ -141,7 +145,11 @@ def as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: as_json(inner) for key, inner in value.items()}
     array = np.asarray(value)
-    return np.where(np.isnan(array), None, array).tolist() if array.dtype.kind == "f" else array.tolist()
+    if array.dtype.kind != "f":
+        return array.tolist()
+    defined = array.astype(object)
+    defined[np.isnan(array)] = None
+    return defined.tolist()
 
 
 def _by_modality(arrays: Sequence[Any] | np.ndarray) -> dict[str, Any]:

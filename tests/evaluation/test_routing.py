@@ -68,7 +68,7 @@ def test_statistics_of_counts():
     """Two layers, top-2 of four: 8 text tokens, 4 images."""
     tokens = layers([[8, 8, 0, 0], [0, 4, 4, 0]], [[4, 4, 4, 4], [2, 2, 2, 2]])
     counts = counts_of(tokens, entropy=[[8.0, 2.0], [8 * math.log(4), 4 * math.log(4)]], dropped=[6, 0], top_k=2)
-    found = routing.statistics(counts, Experts(4, (1, 3)))
+    found = routing.statistics(counts, Experts(4, (1, 3), top_k=2))
     assert found["tokens"] == {"text": 8, "image": 4} and found["rows"] == 3
     assert found["expert_tokens"]["image"] == [[0, 4, 4, 0], [2, 2, 2, 2]]
     assert found["dropped"] == [0.25, 0.0]
@@ -102,7 +102,7 @@ def test_a_source_without_images():
 
 def test_entropy_is_a_share_of_what_the_own_group_allows():
     """Six experts for text, two for images: an undecided router has log 6 and log 2."""
-    grouped = Experts(8, (0,), "grouped", image=2)
+    grouped = Experts(8, (0,), modality="grouped", image=2)
     tokens = layers([[1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 2, 2]])
     found = routing.statistics(counts_of(tokens, entropy=[[6 * math.log(6), 4 * math.log(2) / 2]]), grouped)
     assert found["entropy_share"]["text"] == pytest.approx([1])
@@ -113,7 +113,7 @@ def test_entropy_is_a_share_of_what_the_own_group_allows():
 
 
 def test_without_a_router_there_is_no_entropy_to_take_a_share_of():
-    fixed = Experts(2, (0,), "fixed", image=1)
+    fixed = Experts(2, (0,), modality="fixed", image=1)
     found = routing.statistics(counts_of(layers([[5, 0], [0, 3]])), fixed)
     assert found["entropy_share"] == {"all": [None], "text": [None], "image": [None]}
     assert found["specialisation"] == [1.0]
