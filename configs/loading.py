@@ -276,7 +276,7 @@ def _validate_experts(config: ConfigDict) -> None:
     model, moe = config.model, config.model.moe
     _require(
         model.depth % moe.every == 0,
-        f"model.depth = {model.depth} is no multiple of model.moe.every = {moe.every}; the last layer must have experts",
+        f"model.depth = {model.depth} is no multiple of model.moe.every = {moe.every}; the last layer must have some",
     )
     if model.ffn_width:
         _require(

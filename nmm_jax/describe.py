@@ -5,6 +5,7 @@
 Arithmetic only, so a model of any size is described in the time Python needs to start.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -39,9 +40,11 @@ def describe(config: ConfigDict) -> dict[str, Any]:
             "ffn_width": spec.ffn_width,
             "vocab_size": spec.vocab_size,
         },
+        "experts": dataclasses.asdict(spec.moe) if spec.moe else None,
         "parameters": counts.parameters,
         "active_parameters": counts.active_parameters,
         "paper_parameters": counts.paper_parameters,
+        "paper_total_parameters": counts.paper_total,
         "parts": counts.parts,
         "flops_per_token": training,
         "forward_flops_per_token": counts.forward_flops(1, keys, IMAGE_SHARE),
@@ -59,13 +62,21 @@ def table(description: dict[str, Any]) -> str:
     d = description
     total = d["parameters"]
     lines = [f"{d['family']}: " + ", ".join(f"{k} {v:,}" for k, v in d["dimensions"].items())]
+    if d["experts"]:
+        e = d["experts"]
+        lines.append(
+            f"experts: {e['experts']}, of width {e['width']:,}, {e['top_k']} a token, {e['shared']} shared, in every "
+            f"layer of {e['every']}; routing {e['modality']}"
+            + (f", {e['image_experts']} of them for images" if e["image_experts"] else "")
+        )
     lines += _section(
         "Parameters",
         [
             *((name, f"{n:,}", f"{n / total:6.1%}") for name, n in d["parts"].items()),
             ("all", f"{total:,}", _short(total)),
             ("active", f"{d['active_parameters']:,}", _short(d["active_parameters"])),
-            ("as the paper counts", f"{d['paper_parameters']:,}", _short(d["paper_parameters"])),
+            ("N of the paper", f"{d['paper_parameters']:,}", _short(d["paper_parameters"])),
+            ("its total", f"{d['paper_total_parameters']:,}", _short(d["paper_total_parameters"])),
         ],
     )
     per_token = d["flops_per_token"]
@@ -104,7 +115,7 @@ def _short(n: float) -> str:
     """12,345,678 -> 12.3M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= size:
-            return f"{n / size:.1f}{unit}"
+            return f"{n / size:.{2 if size >= 1e9 else 1}f}{unit}"
     return f"{n:g}"
 
 

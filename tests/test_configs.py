@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import early_fusion, quickstart, small
+from configs import early_fusion, mm1, moe, quickstart, small
 from configs.base import base
 
 KEYS = """
@@ -12,12 +12,15 @@ data.image_attention data.image_delimiters data.image_rotary data.plans data.pre
 data.tokenizer data.weights data.window data.worker_kind data.workers evaluation.batch_rows evaluation.questions
 evaluation.rows gradient_accumulation image.augment image.crop_scale image.flip image.mean image.patch image.per_row
 image.positions image.size image.std log.every log.progress log.tensorboard mesh.expert mesh.fsdp mesh.replica
-mesh.tensor model.attention model.depth model.dtype model.family model.ffn_width model.head_dim model.heads
-model.init model.kv_heads model.norm model.norm_eps model.norm_position model.patch_positions model.qk_norm
-model.remat model.rope_theta model.scan_layers model.tie_embeddings model.vocab_chunks model.vocab_size model.width
-optimizer.beta1 optimizer.beta2 optimizer.clip_norm optimizer.decay_exclude optimizer.eps optimizer.learning_rate
-optimizer.weight_decay optimizer.z_loss profile.start profile.steps row_length schedule.cooldown
-schedule.cooldown_shape schedule.final_ratio schedule.kind schedule.warmup seed steps trunk.step trunk.workdir
+mesh.tensor model.attention model.depth model.dtype model.family model.ffn_width model.head_dim model.heads model.init
+model.kv_heads model.moe.balance model.moe.balance_loss model.moe.bias_rate model.moe.buffer_factor model.moe.every
+model.moe.experts model.moe.granularity model.moe.grouped_matmul model.moe.image_experts model.moe.modality
+model.moe.renormalise model.moe.shared model.moe.top_k model.moe.transport model.moe.z_loss model.norm model.norm_eps
+model.norm_position model.patch_positions model.qk_norm model.remat model.rope_theta model.scan_layers
+model.tie_embeddings model.vocab_chunks model.vocab_size model.width optimizer.beta1 optimizer.beta2
+optimizer.clip_norm optimizer.decay_exclude optimizer.eps optimizer.learning_rate optimizer.weight_decay
+optimizer.z_loss profile.start profile.steps row_length schedule.cooldown schedule.cooldown_shape schedule.final_ratio
+schedule.kind schedule.warmup seed steps trunk.step trunk.workdir
 """.split()
 
 
@@ -39,6 +42,8 @@ def test_option_surface():
         quickstart.get_config(),
         quickstart.get_config("long"),
         small.get_config(),
+        *(moe.get_config(f"{size}-{variant}") for size in moe.SIZES for variant in moe.VARIANTS),
+        *(mm1.get_config(size) for size in mm1.SIZES),
     ],
 )
 def test_shipped_configs_have_the_same_keys_and_are_locked(config):

@@ -8,8 +8,6 @@ what rematerialisation computes again. (XLA's own analysis does not multiply loo
 import dataclasses
 import math
 
-import numpy as np
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from nmm_jax.models.spec import Spec
@@ -25,8 +23,10 @@ class Counts:
       parts: parameters by part of the network; they sum to `parameters`.
       active_parameters: those that one position meets; all of them in a dense model.
       paper_parameters: N as Shukor et al. (arXiv 2504.07951) count it: the decoder's matrices and both embedding
-        matrices. (Tied embeddings are one matrix and count once.)
-      product_parameters: those that are multiplied with every position: the decoder's matrices and the unembedding.
+        matrices, of experts those that one position meets, without routers. (Tied embeddings are one matrix and count
+        once.)
+      paper_total: the same with all experts; what the paper calls a mixture's total.
+      product_parameters: those that are multiplied with a position: of the decoder, its routers and the unembedding.
       patch_parameters: those that are multiplied with every patch.
       flops_per_pair: forward FLOPs of one query seeing one key, in all heads and layers.
     """
@@ -34,6 +34,7 @@ class Counts:
     parts: dict[str, int]
     active_parameters: int
     paper_parameters: int
+    paper_total: int
     product_parameters: int
     patch_parameters: int
     flops_per_pair: int
@@ -67,20 +68,32 @@ def count(config: ConfigDict) -> Counts:
     head = 0 if spec.tie_embeddings else embedding
     patch_kernel = 3 * spec.patch**2 * d
     attention = layers * 2 * d * (query_width + key_width)
-    ffn = layers * 3 * d * spec.ffn_width
+    with_experts = layers // spec.period if spec.moe else 0
+    ffn = (layers - with_experts) * 3 * d * spec.ffn_width
+    experts = active_experts = router = router_bias = 0
+    if spec.moe:
+        moe = spec.moe
+        one = with_experts * 3 * d * moe.width
+        ffn += moe.shared * one
+        experts, active_experts = moe.experts * one, moe.top_k * one
+        router = 0 if moe.modality == "fixed" else with_experts * d * moe.experts
+        router_bias = with_experts * moe.experts if router and moe.balance == "bias" else 0
     parts = {
         "token_embedding": embedding,
         "patch_embedding": patch_kernel + d + spec.patch_positions * d,
         "attention": attention,
         "ffn": ffn,
+        "experts": experts,
+        "routers": router + router_bias,
         "norms": layers * (2 * d + qk_scales) + d,
         "head": head,
     }
     return Counts(
         parts=parts,
-        active_parameters=sum(parts.values()),
-        paper_parameters=attention + ffn + embedding + head,
-        product_parameters=attention + ffn + embedding,  # the unembedding, tied or not
+        active_parameters=sum(parts.values()) - experts + active_experts,
+        paper_parameters=attention + ffn + active_experts + embedding + head,
+        paper_total=attention + ffn + experts + embedding + head,
+        product_parameters=attention + ffn + active_experts + router + embedding,  # the unembedding, tied or not
         patch_parameters=patch_kernel,
         flops_per_pair=layers * 2 * 2 * query_width,  # q k and weights v
     )
@@ -91,20 +104,6 @@ def causal_keys(row_length: int) -> float:
     return (row_length + 1) / 2
 
 
-def attended_pairs(segment_ids: Int[np.ndarray, "B S"], attend_until: Int[np.ndarray, "B S"]) -> int:
-    """(query, key) pairs that attention over packed rows needs: keys of the query's segment before attend_until.
-
-    Padding (segment 0) counts for nothing. A segment is contiguous in its row.
-    """
-    place = np.arange(segment_ids.shape[1])
-    edge = np.diff(segment_ids, axis=1) != 0
-    first = np.maximum.accumulate(np.where(np.pad(edge, ((0, 0), (1, 0))), place, 0), axis=1)
-    beyond_last = np.where(np.pad(edge, ((0, 0), (0, 1))), place + 1, place.size)
-    end = np.minimum.accumulate(beyond_last[:, ::-1], axis=1)[:, ::-1]
-    seen = np.minimum(attend_until, end) - first
-    return int(np.where(segment_ids > 0, np.maximum(seen, 0), 0).sum())
-
-
 def memory(config: ConfigDict) -> dict[str, int]:
     """Bytes in all devices together while a step runs, by part; "activations" is an estimate.
 
@@ -112,15 +111,31 @@ def memory(config: ConfigDict) -> dict[str, int]:
     layer's workspace, a chunk of logits, and parameters gathered for use.
     """
     spec, n = Spec.from_config(config), count(config).parameters
-    d, f = spec.width, spec.ffn_width
-    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    named = 2 * query_width + 2 * key_width + 2 * f  # the values that models.decoder.KEPT names
-    kept = {"full": d, "minimal": d + named, "none": d + named + 2 * d + query_width + key_width + f}[spec.remat]
     rows = math.ceil(config.batch_rows / config.gradient_accumulation)
     element = {"float32": 4, "bfloat16": 2}[spec.dtype]
+    with_experts = spec.depth // spec.period if spec.moe else 0
+    kept = (spec.depth - with_experts) * _kept(spec, spec.ffn_width, 0)
+    if spec.moe:
+        # Rows of buffers for each token: of its experts, as many as come in the mean, and of the shared ones.
+        f = (spec.moe.top_k + spec.moe.shared) * spec.moe.width
+        kept += with_experts * _kept(spec, f, spec.moe.top_k)
     return {
         "parameters": FLOAT32 * n,
         "optimizer": 2 * FLOAT32 * n,  # Adam's two moments
         "gradients": FLOAT32 * n,
-        "activations": rows * config.row_length * spec.depth * kept * element,
+        "activations": rows * config.row_length * kept * element,
     }
+
+
+def _kept(spec: Spec, ffn_width: int, exchanged: int) -> int:
+    """Values that a layer keeps of a position; `exchanged` is how often it travels there and back."""
+    d = spec.width
+    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    travelled = 2 * exchanged * d
+    named = 2 * query_width + 2 * key_width + 2 * ffn_width + travelled  # what models.decoder.KEPT names
+    return {
+        "full": d,
+        "exchanges": d + travelled,
+        "minimal": d + named,
+        "none": d + named + 2 * d + query_width + key_width + ffn_width,
+    }[spec.remat]

@@ -13,7 +13,11 @@ from ml_collections import ConfigDict
 from configs.loading import flatten, from_json
 
 # Of the same parameters: other ways to compute with them, and to arrange the computation.
-_MODEL_FREE = ("model.attention", "model.remat", "model.scan_layers", "model.vocab_chunks", "model.dtype")
+_MODEL_FREE = (
+    "model.attention", "model.remat", "model.scan_layers", "model.vocab_chunks", "model.dtype",
+    "model.moe.balance_loss", "model.moe.z_loss", "model.moe.bias_rate", "model.moe.buffer_factor",
+    "model.moe.transport", "model.moe.grouped_matmul",
+)  # fmt: skip
 _MODEL_ALSO = ("image.size", "image.patch", "image.positions")
 _DATA_FREE = (
     "data.root",  # the fingerprints tell whether the data is another

@@ -2,6 +2,10 @@
 
     {"step": 20, "loss": 5.1, "loss/captions": 4.9, "learning_rate": 0.001, ..., "tokens": 81920, "time/step": 0.1}
 
+A model with experts has `moe/` keys too. Of this step: the router's losses, load_imbalance (the busiest expert's tokens
+over the mean; the mean of all layers), router_entropy (nats; the mean of tokens and layers) and tokens_per_expert (a
+list of experts for each layer that has them). Of the run so far: dropped_tokens.
+
 Keys that start with `time/`, `speed/` or `memory/` depend on the machine; all others are the same to the bit
 whenever the same run is repeated or goes on from a checkpoint. After a restart the file tells the surviving
 trajectory: lines after the restored step, and a torn last line, are dropped first.
@@ -20,7 +24,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-Fetched = Mapping[str, np.ndarray]  # a step's metrics (training/step.py) on the host
+Fetched = Mapping[str, Any]  # a step's metrics (training/step.py) on the host
 
 
 class Diverged(RuntimeError):
@@ -44,6 +48,7 @@ class Seen:
 
     tokens: dict[str, int]  # real positions by source
     images: int = 0
+    dropped: int = 0  # (token, choice) pairs that found no room in a bounded buffer, in all layers
 
     @classmethod
     def nothing(cls, sources: Sequence[str]) -> "Seen":
@@ -51,7 +56,7 @@ class Seen:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], sources: Sequence[str]) -> "Seen":
-        return cls({s: meta["tokens"].get(s, 0) for s in sources}, meta["images"])
+        return cls({s: meta["tokens"].get(s, 0) for s in sources}, meta["images"], meta.get("dropped", 0))
 
     def to_meta(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -60,6 +65,8 @@ class Seen:
         for source, count in zip(self.tokens, metrics["tokens_by_source"], strict=True):
             self.tokens[source] += int(count)
         self.images += int(metrics["images"])
+        if metrics["router"]:
+            self.dropped += int(metrics["router"]["dropped_tokens"].sum())
 
 
 @dataclasses.dataclass
@@ -116,7 +123,23 @@ def line(step: int, metrics: Fetched, seen: Seen, rates: Mapping[str, float]) ->
         "tokens": sum(seen.tokens.values()),
         **{f"tokens/{source}": count for source, count in seen.tokens.items()},
         "images": seen.images,
+        **_of_router(metrics["router"], int(metrics["tokens_by_source"].sum()), seen.dropped),
         **rates,
+    }
+
+
+def _of_router(router: Fetched, tokens: int, dropped: int) -> dict[str, Any]:
+    if not router:
+        return {}
+    by_expert = router["expert_tokens"].sum(1)  # [L,E]
+    busiest = by_expert.max(1) / np.maximum(by_expert.mean(1), 1)
+    return {
+        "moe/balance_loss": float(router["balance_loss"]),
+        "moe/router_z_loss": float(router["router_z_loss"]),
+        "moe/router_entropy": float(router["router_entropy"].sum() / len(by_expert) / max(tokens, 1)),
+        "moe/load_imbalance": float(busiest.mean()),
+        "moe/dropped_tokens": dropped,
+        "moe/tokens_per_expert": by_expert.tolist(),
     }
 
 
@@ -154,7 +177,7 @@ class Writer:
         self._file.flush()
         if self._board:
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and not isinstance(value, list):
                     self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:

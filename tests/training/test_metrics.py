@@ -19,6 +19,7 @@ def fetched(**changes):
         "tokens_by_source": np.array([40, 60], np.int32),
         "images": np.int32(3),
         "attended_pairs": np.float32(500.0),
+        "router": {},
     }
     return values | changes
 
