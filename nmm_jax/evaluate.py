@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
 from data_pipelines import store
-from data_pipelines.plan import ensure_plans
+from data_pipelines.plan import Plan, ensure_plans
 from data_pipelines.stream import Stream
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation import questions, results
@@ -54,10 +54,7 @@ def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) ->
 def evaluate_held_out(run: Run, rows: int) -> results.Results:
     """Losses of all sources; shuffled_images and image_gain of those whose images can be shuffled."""
     _require_held_out(run)
-    if jax.process_index() == 0:
-        ensure_plans(run.config, store.HELD_OUT)
-    multihost_utils.sync_global_devices("plans are made")
-    plans = ensure_plans(run.config, store.HELD_OUT, progress=False)
+    plans = held_out_plans(run)
     row_sums = make_row_sums(run)
     losses: results.Results = {"held_out": {}, "shuffled_images": {}, "image_gain": {}}
     for source in run.config.data.sources:
@@ -73,6 +70,14 @@ def evaluate_held_out(run: Run, rows: int) -> results.Results:
             losses["shuffled_images"][source] = {"loss": shuffled.value, "standard_error": shuffled.standard_error}
             losses["image_gain"][source] = {"drop": drop.value, "standard_error": drop.standard_error}
     return losses
+
+
+def held_out_plans(run: Run) -> dict[str, Plan]:
+    """Of all sources; process 0 makes those that are missing, while the others wait."""
+    if jax.process_index() == 0:
+        ensure_plans(run.config, store.HELD_OUT)
+    multihost_utils.sync_global_devices("plans are made")
+    return ensure_plans(run.config, store.HELD_OUT, progress=False)
 
 
 def _require_held_out(run: Run) -> None:

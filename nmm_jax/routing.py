@@ -34,14 +34,13 @@ import jax
 import jinja2
 import numpy as np
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from data_pipelines import store
-from data_pipelines.plan import ensure_plans
 from data_pipelines.stream import HeldOut, Stream
+from nmm_jax.evaluate import held_out_plans
 from nmm_jax.evaluation import results, routing_figures
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
+from nmm_jax.evaluation.held_out import spread
 from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.evaluation.routing import Counts, Experts, statistics
 from nmm_jax.parallel.sharding import Constrain, replicated
@@ -69,9 +68,7 @@ def measure(run: Run, rows: int) -> results.Results:
       ValueError: a dense model, or a source without a held_out split.
     """
     experts = experts_of(run)
-    if jax.process_index() == 0:
-        ensure_plans(run.config, store.HELD_OUT)
-    multihost_utils.sync_global_devices("plans are made")
+    held_out_plans(run)
     route = make_route(run)
     counts = {
         source: count(run, route, source, Stream.held_out(run.config, source), rows)
@@ -99,7 +96,7 @@ def make_route(run: Run) -> Route:
 
 def count(run: Run, route: Route, source: str, held_out: HeldOut, rows: int) -> Counts:
     """Of one source, over at most `rows` rows, spread evenly over the plan as for the held-out loss."""
-    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
+    chosen = spread(rows, len(held_out))
     parts = []
     for indices, real in fixed_batches(len(chosen), size_on(run.mesh, run.config.evaluation.batch_rows), source):
         batch = held_out.batch(chosen[indices[:real]].tolist(), rows=len(indices))  # filled up with rows of padding

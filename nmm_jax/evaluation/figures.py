@@ -11,24 +11,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLOURS = ("#4c8dd6", "#e0863a", "#3fa66a", "#b06fd0", "#cf5a6a", "#8a8f3c")  # legible on white and on near-black
-_INK = "#7f8081"  # stands for the page's own text colour until the figure is in the page
-_STYLE: Any = {  # matplotlib's rc parameters
+INK = "#7f8081"  # stands for the page's own text colour until the figure is in the page
+STYLE: Any = {  # matplotlib's rc parameters
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.18,
     "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -38,7 +38,7 @@ Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 def loss_curves(lines: Lines, sources: Sequence[str], held_out: Mapping[str, float], step: int) -> str:
     """Training loss of each source, raw and smoothed, with its held-out loss as a dot where it was measured."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(8.6, 3.6)
         for source, colour in zip(sources, _colours(sources), strict=True):
             steps, losses = _series(lines, f"loss/{source}")
@@ -47,17 +47,17 @@ def loss_curves(lines: Lines, sources: Sequence[str], held_out: Mapping[str, flo
             if source in held_out:
                 axes.plot([step], [held_out[source]], "o", color=colour, markersize=5, clip_on=False)
         if held_out:
-            axes.plot([], [], "o", color=_INK, markersize=5, label="held out")
+            axes.plot([], [], "o", color=INK, markersize=5, label="held out")
         axes.set_ylabel("loss (nats per text token)")
         axes.set_ylim(bottom=0)
         _over_steps(axes)
         axes.legend(ncols=len(sources) + 1)
-        return _svg(figure, "Training loss per source")
+        return to_svg(figure, "Training loss per source")
 
 
 def optimization(lines: Lines) -> str:
     """Learning rate and gradient norm."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (left, right) = _figure(8.6, 2.4, columns=2)
         left.plot(*_series(lines, "learning_rate"), color=COLOURS[0], linewidth=1.6)
         left.set_ylabel("learning rate")
@@ -68,12 +68,12 @@ def optimization(lines: Lines) -> str:
         right.set_ylabel("gradient norm")
         right.set_yscale("log")
         _over_steps(left, right)
-        return _svg(figure, "Learning rate and gradient norm")
+        return to_svg(figure, "Learning rate and gradient norm")
 
 
 def speed(lines: Lines) -> str:
     """Positions a second, and the share of the time that was spent waiting for data."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (left, right) = _figure(8.6, 2.4, columns=2)
         steps, rates = _series(lines, "speed/tokens_per_second")
         left.plot(steps, rates, color=COLOURS[2], linewidth=1.2)
@@ -86,13 +86,13 @@ def speed(lines: Lines) -> str:
         right.set_ylabel("waiting for data (% of time)")
         right.set_ylim(0, max(5, 105 * float(np.max(waits / times))))
         _over_steps(left, right)
-        return _svg(figure, "Speed")
+        return to_svg(figure, "Speed")
 
 
 def question_accuracy(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """A bar for each kind of question, on combinations seen and held out, with base rates and standard errors."""
     kinds = [kind for kind, score in scores.items() if "seen" in score or "held_out_combinations" in score]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(8.6, 3.0)
         for offset, part, label, colour in (
             (-0.19, "seen", "combinations seen in training", COLOURS[0]),
@@ -102,17 +102,17 @@ def question_accuracy(scores: Mapping[str, Mapping[str, Any]]) -> str:
             shown = [scores[kind][part] for kind in kinds if part in scores[kind]]
             errors = [100 * (score["standard_error"] or 0) for score in shown]
             accuracies = [100 * score["accuracy"] for score in shown]
-            axes.bar(places, accuracies, 0.34, yerr=errors, color=colour, ecolor=_INK, label=label)
+            axes.bar(places, accuracies, 0.34, yerr=errors, color=colour, ecolor=INK, label=label)
             bases = [100 * score["base"] for score in shown]
             left, right = [p - 0.19 for p in places], [p + 0.19 for p in places]
             label_once = "base rate: the commonest answer" if offset > 0 else None
-            axes.hlines(bases, left, right, color=_INK, linewidth=2, label=label_once)
+            axes.hlines(bases, left, right, color=INK, linewidth=2, label=label_once)
         axes.set_xticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
         axes.set_ylabel("right answers (%)")
         axes.set_ylim(0, 100)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-        return _svg(figure, "Accuracy by kind of question")
+        return to_svg(figure, "Accuracy by kind of question")
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -151,10 +151,10 @@ def _over_steps(*all_axes: Axes) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """To be called within _STYLE; sets ids that are this figure's alone, and the same every time."""
+def to_svg(figure: Figure, title: str) -> str:
+    """To be called within STYLE; sets ids that are this figure's alone, and the same every time."""
     matplotlib.rcParams["svg.hashsalt"] = title
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
     text = file.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)

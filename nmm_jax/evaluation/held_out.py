@@ -49,7 +49,7 @@ def held_out_loss(run: Run, row_sums: RowSums, source: str, held_out: HeldOut, p
 
     Every process builds every row, since images may be exchanged between any two.
     """
-    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).round().astype(np.int64))
+    chosen = spread(rows, len(held_out))
     batch = held_out.batch(chosen.tolist())
     losses, counts = _sums(run, row_sums, batch, source)
     loss = ratio(losses, counts)
@@ -63,6 +63,11 @@ def held_out_loss(run: Run, row_sums: RowSums, source: str, held_out: HeldOut, p
     kept = ratio(losses, shuffled)  # of the same rows, so what makes a row hard cancels
     drop = Estimate(1 - kept.value, kept.standard_error)
     return HeldOutLoss(loss, ratio(shuffled, counts), drop, tokens, len(chosen))
+
+
+def spread(rows: int, total: int) -> Int[np.ndarray, "R"]:
+    """At most `rows` of range(total), evenly spaced, its ends among them."""
+    return np.unique(np.linspace(0, total - 1, min(rows, total)).round().astype(np.int64))
 
 
 def image_documents(

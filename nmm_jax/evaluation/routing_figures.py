@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nmm_jax.evaluation.figures import _INK, _STYLE, COLOURS, _svg
+from nmm_jax.evaluation.figures import COLOURS, INK, STYLE, to_svg
 
 _ANNOTATED = 16  # experts, with their numbers in the cells
 _WIDTH = 8.6  # inches; the page scales it to its own width
@@ -50,7 +50,7 @@ def loads(found: Found) -> str:
 def by_layer(found: Found) -> str:
     """Specialisation in both definitions, entropy and imbalance against the layer, a line for each source."""
     layers, count = found["experts"]["layers"], found["experts"]["count"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((_WIDTH, 5.4), layout="constrained")
         figure.patch.set_alpha(0)
         (score, deviation), (entropy, imbalance) = figure.subplots(2, 2, gridspec_kw={"hspace": 0.1})
@@ -73,7 +73,7 @@ def by_layer(found: Found) -> str:
             axes.set_ylim(0, 1)
         for axes in (deviation, imbalance):
             axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-        imbalance.axhline(1, color=_INK, linewidth=1, linestyle=":")
+        imbalance.axhline(1, color=INK, linewidth=1, linestyle=":")
         if found["experts"]["modality"] == "fixed":
             entropy.text(0.5, 0.5, "no router", transform=entropy.transAxes, ha="center", va="center")
         for axes in (score, deviation, entropy, imbalance):
@@ -85,7 +85,7 @@ def by_layer(found: Found) -> str:
         figure.legend(
             *deviation.get_legend_handles_labels(), loc="outside upper center", ncols=len(found["sources"]) + 1
         )
-        return _svg(figure, "Routing by layer")
+        return to_svg(figure, "Routing by layer")
 
 
 def _heatmaps(
@@ -101,7 +101,7 @@ def _heatmaps(
     experts = found["experts"]
     columns = max(1, min(len(panels), 2 * _ANNOTATED // experts["count"]))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "hatch.color": _INK, "hatch.linewidth": 0.7}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "hatch.color": INK, "hatch.linewidth": 0.7}):
         height = rows * (0.7 + max(0.5, 0.17 * len(experts["layers"]))) + 0.7
         figure = Figure((_WIDTH, height), layout="constrained")
         figure.patch.set_alpha(0)
@@ -122,13 +122,13 @@ def _heatmaps(
             names = {-2: "≤ ¼", -1: "½", 0: "1", 1: "2", 2: "≥ 4"}
             bar.set_ticks(list(octaves), labels=[names[octave] for octave in octaves])
         bar.outline.set_visible(False)
-        return _svg(figure, title)
+        return to_svg(figure, title)
 
 
 def _cells(axes: Axes, experts: Found) -> None:
     """The frame of a heatmap: names of layers and experts, the border between text's and images' experts."""
     layers, labels = experts["layers"], experts["labels"]
-    axes.patch.set(facecolor="none", hatch="//////", edgecolor=_INK)
+    axes.patch.set(facecolor="none", hatch="//////", edgecolor=INK)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=7.5)
     for axis, names in ((axes.xaxis, labels), (axes.yaxis, layers)):
@@ -137,7 +137,7 @@ def _cells(axes: Axes, experts: Found) -> None:
     axes.set_xlabel("expert", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     if experts["image"]:
-        axes.axvline(experts["count"] - experts["image"] - 0.5, color=_INK, linewidth=1.5)
+        axes.axvline(experts["count"] - experts["image"] - 0.5, color=INK, linewidth=1.5)
 
 
 def _annotate(axes: Axes, panel: Float[np.ndarray, "L E"], shown: Any, text: Any) -> None:
@@ -155,7 +155,7 @@ def _panels(found: Found) -> dict[str, Found]:
 
 
 def _line_colours(found: Found) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(found["sources"]))] + [_INK] * (len(found["sources"]) > 1)
+    return [COLOURS[i % len(COLOURS)] for i in range(len(found["sources"]))] + [INK] * (len(found["sources"]) > 1)
 
 
 def _mixed(one: Found) -> bool:
