@@ -1,5 +1,8 @@
 """The mixture-of-experts layer against a reference that loops over tokens and experts in float64."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import moe_reference
@@ -83,6 +86,26 @@ def assert_close(found, expected, name):
     assert error <= allowed, f"{name}: differs by {error:.2g}, allowed {allowed:.2g}"
 
 
+@functools.cache
+def compiled(**moe):
+    """Our layer's output, statistics and the gradients of each thing that has any; and its parameters' shapes."""
+    apply, shapes = our_layer(config(**moe))
+
+    @jax.jit
+    def run(tree, x, modality, dy):
+        def outputs(tree, x):
+            y, aux = apply(tree, x, modality)
+            return (y, aux["balance_loss"], aux["router_z_loss"]), aux
+
+        (y, *_), pull, aux = jax.vjp(outputs, tree, x, has_aux=True)
+        zero, none = jnp.zeros_like(dy), jnp.float32(0)
+        tokens = (modality >= 0).sum().astype(jnp.float32)  # times which the losses' gradients are of order 1
+        of = {"output": (dy, none, none), "balance loss": (zero, tokens, none), "z loss": (zero, none, tokens)}
+        return y, aux, {name: pull(cotangents) for name, cotangents in of.items()}
+
+    return run, shapes
+
+
 def check(options, seed, weights=None, x=None, **moe):
     """Output, statistics and all gradients of our layer are the reference's; returns what the reference says."""
     shared = moe.get("shared", 0)
@@ -93,31 +116,11 @@ def check(options, seed, weights=None, x=None, **moe):
     if shared:
         dy[modality < 0] = 0  # nobody reads what shared experts make of padding
     weights = draw_weights(options, shared) if weights is None else weights
-    c = config(
-        **dict(experts=options.experts, top_k=options.top_k, modality=options.modality, renormalise=options.renormalise)
-        | dict(image_experts=options.image_experts)
-        | moe
-    )
-    apply, shapes = our_layer(c)
+    run, shapes = compiled(**dataclasses.asdict(options) | moe)
     tree = our_tree(weights)
     assert jax.tree.map(np.shape, tree) == shapes
     real = int((modality >= 0).sum())
-
-    @jax.jit
-    def run(tree, x):
-        """Outputs, and gradients of each differentiable one for itself; losses times the tokens, to be of order 1."""
-
-        def outputs(tree, x):
-            y, aux = apply(tree, x, modality)
-            return (y, aux["balance_loss"], aux["router_z_loss"]), aux
-
-        (y, *_), pull, aux = jax.vjp(outputs, tree, x, has_aux=True)
-        of_output = pull((dy, jnp.float32(0), jnp.float32(0)))
-        of_balance = pull((jnp.zeros_like(dy), jnp.float32(real), jnp.float32(0)))
-        of_z = pull((jnp.zeros_like(dy), jnp.float32(0), jnp.float32(real)))
-        return y, aux, {"output": of_output, "balance loss": of_balance, "z loss": of_z}
-
-    y, aux, pulled = run(tree, x)
+    y, aux, pulled = run(tree, x, modality, dy)
 
     flat = (x.reshape(-1, WIDTH).astype(np.float64), modality.ravel(), exact(weights), options)
     expected, statistics = moe_reference.forward(*flat)
@@ -171,7 +174,8 @@ def test_all_tokens_to_one_expert_or_to_few(options):
     weights = draw_weights(options)
     x = np.random.default_rng(5).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
     x[..., 0] = 3
-    weights["router"][0, [3, 6] if options.modality == "grouped" else [3]] = 4
+    weights["router"] *= 0.3  # at probabilities of almost 1, float32 gradients are all cancellation
+    weights["router"][0, [3, 6] if options.modality == "grouped" else [3]] = 1.5
     statistics = check(options, seed=6, weights=weights, x=x)
     real = statistics["expert_tokens"].sum() // options.top_k
     assert statistics["expert_tokens"][:, [3, 6] if options.modality == "grouped" else [3]].sum() == real

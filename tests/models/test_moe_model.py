@@ -129,7 +129,7 @@ def test_statistics_are_by_layer_and_losses_are_their_mean(batch):
     np.testing.assert_allclose(aux["router_entropy"][0], second_zero["router_entropy"][0], rtol=1e-5)
     for name, of_zero in (("balance_loss", 1), ("router_z_loss", np.log(EXPERTS) ** 2)):
         others = first_zero[name] + second_zero[name]
-        assert aux[name] == pytest.approx(others - of_zero, rel=1e-4)
+        assert float(aux[name]) == pytest.approx(float(others - of_zero), rel=1e-4)
         assert abs(aux[name] - of_zero) > 0.01
 
 
