@@ -1,0 +1,18 @@
+"""Expert parallelism: numbers on 8 simulated devices, in a process of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+
+def test_on_eight_devices():
+    """Meshes, transports and kinds of routing against one device: losses, gradients, counts, checkpoints, drops."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles twice as fast
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("moe_eight_devices.py")],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

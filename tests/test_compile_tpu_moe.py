@@ -1,0 +1,128 @@
+"""The exact MoE training step, compiled for a TPU v5p slice without a TPU: what crosses the network, what is made."""
+
+import functools
+import json
+import math
+
+import pytest
+
+from tests.hlo import Instruction, Program
+from tests.hlo_flops import products_in
+from tests.tpu_compile import Compiled, compile_step
+
+pytestmark = pytest.mark.extras
+
+CONFIG = "configs/moe.py:hw-1b-8e"
+DEPTH, EXPERTS, WIDTH, FFN = 4, 8, 2048, 5632
+ROWS, LENGTH, DEVICES = 128, 1536, 64
+TOKENS = ROWS * LENGTH // DEVICES  # of a device
+MESHES = {"one expert a device": (8, 8), "two experts a device": (16, 4)}  # fsdp, expert
+# Exchanges of a layer: rows there and back forwards, the same of their gradients, and (unless the backward pass finds
+# what came kept) rows there and back once more.
+EXCHANGES = {"full": 6, "exchanges": 4}
+CASES = [("one expert a device", "full"), ("two experts a device", "exchanges")]
+
+
+@functools.cache
+def compiled(mesh: str, remat: str) -> Compiled:
+    pytest.importorskip("libtpu")
+    fsdp, expert = MESHES[mesh]
+    overrides = {
+        "batch_rows": ROWS,
+        "row_length": LENGTH,
+        "model.depth": DEPTH,
+        "model.remat": remat,
+        "mesh.fsdp": fsdp,
+        "mesh.expert": expert,
+    }
+    return compile_step(CONFIG, overrides, "v5p:4x4x4")
+
+
+@functools.cache
+def program(mesh: str, remat: str) -> Program:
+    return Program(compiled(mesh, remat).text)
+
+
+def in_loops(program: Program) -> list[tuple[str, Instruction]]:
+    """(computation, instruction) of all that loops run, each once: the layers' loops run a layer a turn."""
+    found = {}
+    for loop in program.loops():
+        for computation, instruction in program.within(loop.attribute("body")):
+            found[computation, instruction.name] = instruction
+    return [(computation, instruction) for (computation, _), instruction in found.items()]
+
+
+def group_size(instruction: Instruction) -> int:
+    """Devices that a collective is among: {{0,1},{2,3}}, [2,2]<=[4] and mesh['a'=2,'b'=2] {'a'} are all 2."""
+    text = instruction.attributes.split("replica_groups=", 1)[1]
+    if text.startswith("{{"):
+        return text[2:].split("}")[0].count(",") + 1
+    if text.startswith("mesh["):
+        sizes = dict(part.split("=") for part in text[5:].split("]")[0].replace("'", "").split(","))
+        names = text.split("{", 1)[1].split("}")[0].replace("'", "").split(",")
+        return math.prod(int(sizes[name]) for name in names)
+    return int(text[1:].split("]")[0].split(",")[1])
+
+
+@pytest.mark.parametrize(("mesh", "remat"), CASES)
+def test_exchanges_of_a_layer(mesh, remat):
+    _, expert = MESHES[mesh]
+    exchanges = [i for _, i in in_loops(program(mesh, remat)) if i.op.startswith("ragged-all-to-all")]
+    assert len(exchanges) == EXCHANGES[remat], [i.source for i in exchanges]
+    assert all(group_size(i) == expert for i in exchanges)
+    kept = [i for i in exchanges if "rematted_computation" in i.source]
+    assert len(kept) == EXCHANGES[remat] - 4, [i.source for i in exchanges]
+
+
+@pytest.mark.parametrize(("mesh", "remat"), CASES)
+def test_gradients_of_experts_are_scattered_and_never_summed_whole(mesh, remat):
+    fsdp, expert = MESHES[mesh]
+    owned = EXPERTS // expert * WIDTH * FFN  # values of one matrix that a device of the expert axis is responsible for
+    scattered = 0
+    for computation, i in in_loops(program(mesh, remat)):
+        in_scatter = "reduce-scatter" in computation  # a fusion that the compiler names all-reduce-scatter
+        if i.op in ("reduce-scatter", "reduce-scatter-start") or (in_scatter and i.op.startswith("all-reduce")):
+            assert group_size(i) == fsdp, i
+            values = sum(math.prod(dims) for _, dims in i.shapes)
+            scattered += values // fsdp if in_scatter else values
+        elif i.op in ("all-reduce", "all-reduce-start"):
+            assert i.bytes < 1 << 20, f"{i.type} {i.source}"
+    # Gate, up and down; a few vectors may share an operation with them.
+    assert 3 * owned // fsdp <= scattered, (scattered, owned)
+
+
+@pytest.mark.parametrize(("mesh", "remat"), CASES)
+def test_weights_are_gathered_in_bfloat16(mesh, remat):
+    fsdp, expert = MESHES[mesh]
+    owned = EXPERTS // expert * WIDTH * FFN
+    gathers = [i for _, i in in_loops(program(mesh, remat)) if i.op in ("all-gather", "all-gather-start")]
+    large = [i for i in gathers if any(math.prod(dims) >= owned for _, dims in i.shapes)]
+    assert large and all(group_size(i) == fsdp for i in large)
+    assert all(kind == "bf16" for i in large for kind, dims in i.shapes if math.prod(dims) >= owned // fsdp)
+
+
+@pytest.mark.parametrize(("mesh", "remat"), CASES)
+def test_nothing_has_a_row_for_every_expert_and_token(mesh, remat):
+    """Experts are multiplied in kernels that visit the rows of each; a plain product would multiply them all."""
+    _, expert = MESHES[mesh]
+    this = program(mesh, remat)
+    for name in this.computations:
+        for product in products_in(this, name):
+            assert not any(FFN in shape for shape in product.shapes), product
+    kernels, rows = 0, expert * TOKENS  # all tokens of the axis, should they all want this device's experts
+    for computation in this.computations.values():
+        for i in computation.values():
+            for _, dims in i.shapes:
+                large = math.prod(dims) > rows * FFN
+                assert not large or dims[:1] == (DEPTH,), f"{i.type} {i.op} {i.source}"
+            if i.op == "custom-call" and any(FFN in dims for _, dims in i.shapes):
+                kernels += 1
+    assert kernels >= 9, kernels  # three products forwards; two gradients of each
+
+
+@pytest.mark.parametrize(("mesh", "remat"), CASES)
+def test_memory(mesh, remat):
+    memory = compiled(mesh, remat).memory
+    print(json.dumps({"config": CONFIG, "depth": DEPTH, "mesh": MESHES[mesh], "remat": remat, **memory}))
+    # The state of a device is 12 bytes a parameter; experts are shared by all devices, the rest by those of fsdp.
+    assert memory["arguments"] + memory["temporary"] < 90 << 30, memory
