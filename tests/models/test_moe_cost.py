@@ -60,7 +60,7 @@ def trips_of(sizes):
     def trips(program, loop):
         (product,) = products_in(program, loop.attribute("body"))
         rows = product.shapes[0][0]
-        assert rows in (grouped_matmul.BLOCK, grouped_matmul.BLOCK_DW), product
+        assert rows == grouped_matmul.BLOCK, product
         return visits(sizes, rows)
 
     return trips
