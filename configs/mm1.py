@@ -12,8 +12,8 @@ The paper gives no widths and depths. These are chosen to meet its totals, with 
 heads:
 
     size      width x depth   heads   feed-forward   dense*     active     in all
-    3b-64e     3072 x 24         24          8,704   2.84 B     3.80 B     63.5 B
-    7b-32e     4096 x 32         32         13,184   6.94 B     8.23 B     47.1 B
+    3b-64e     3072 x 24         24          8,832   2.87 B     3.84 B     64.4 B
+    7b-32e     4096 x 32         32         13,184   6.94 B     8.24 B     47.1 B
     * the model with one expert a layer
 
 Hardware: a TPU slice or GPU cluster whose memories hold 12 bytes a parameter in all. Time and loss: nobody has made
@@ -26,7 +26,7 @@ from configs.base import base
 
 # size: width, depth, heads, feed-forward width, experts, every n-th layer
 SIZES = {
-    "3b-64e": (3072, 24, 24, 8_704, 64, 2),
+    "3b-64e": (3072, 24, 24, 8_832, 64, 2),
     "7b-32e": (4096, 32, 32, 13_184, 32, 4),
 }
 KV_HEADS = 8

@@ -89,6 +89,33 @@ def test_contradictions(overrides, message):
         loading.load(QUICKSTART, overrides)
 
 
+MOE = "model.moe."
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"mesh.expert": 3}, r"8 experts .* do not divide over mesh.expert = 3; make mesh.expert a divisor"),
+        ({"mesh.expert": 3, MOE + "granularity": 2}, "16 experts .* do not divide over mesh.expert = 3"),
+        ({MOE + "top_k": 9}, "model.moe.top_k = 9 is more than model.moe.experts, 8"),
+        ({MOE + "top_k": 0}, "model.moe.top_k = 0; it must be at least 1"),
+        ({MOE + "modality": "grouped", MOE + "top_k": 5}, "top_k = 5 is more than the smaller group of experts, 4"),
+        ({MOE + "modality": "grouped", MOE + "image_experts": 8}, "image_experts = 8 of model.moe.experts = 8 leaves"),
+        ({MOE + "modality": "grouped", MOE + "experts": 1}, "model.moe.experts = 1 leaves an empty group"),
+        ({MOE + "modality": "fixed"}, "one expert for text and one for images: experts = 2, .* not 8, 1 and 1"),
+        ({MOE + "every": 4}, "model.depth = 2 is no multiple of model.moe.every = 4"),
+        ({MOE + "granularity": 5}, "model.ffn_width = 384 does not divide into model.moe.granularity = 5"),
+        ({MOE + "renormalise": True}, "with one choice makes every gate 1, and the router's gradient 0"),
+        ({MOE + "buffer_factor": 0.5}, "buffer_factor = 0.5 has no room for the mean load"),
+        ({MOE + "balance": "los"}, "did you mean 'loss'"),
+        ({MOE + "transport": "raged"}, "did you mean 'ragged'"),
+    ],
+)  # fmt: skip
+def test_contradictions_of_experts(overrides, message):
+    with pytest.raises(loading.ConfigError, match=message):
+        loading.load(QUICKSTART, {MOE + "experts": 8} | overrides)
+
+
 def test_flags(tmp_path):
     """In a process of its own: absl's flags are global, and ml_collections reads sys.argv."""
     program = tmp_path / "program.py"

@@ -33,7 +33,7 @@ from nmm_jax.parallel.sharding import Constrain, spec
 # What crossed the network, by checkpoint name: kept, it need not cross again in the backward pass (model.remat).
 EXCHANGED = ("moe_received", "moe_returned")
 
-Weights = tuple[Array, Array, Array]  # gate, up, down
+Weights = tuple[Array, ...]  # gate, up, down
 
 
 class Router(nnx.Module):

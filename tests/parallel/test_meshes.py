@@ -59,12 +59,13 @@ def test_rows_that_do_not_divide():
         (("embed", "mlp"), (32, 65), "'mlp' of size 65 .* mesh.tensor = 2; change model.ffn_width"),
         (("vocab", "embed"), (63, 32), "'vocab' of size 63 .* mesh.tensor = 2; change model.vocab_size"),
         (("embed", "mlp"), (30, 64), "'embed' of size 30 .* mesh.fsdp = 4; change model.width"),
+        (("expert", "embed", "mlp"), (8, 32, 64), "'expert' of size 8 .* mesh.expert = 3; change model.moe.experts"),
     ],
 )
 def test_dimensions_that_do_not_divide(axes, shape, message):
     abstract = {"layer": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}
     with pytest.raises(ValueError, match=f"parameter layer/kernel .*{message}"):
-        param_shardings(abstract, {"layer": {"kernel": axes}}, FakeMesh(fsdp=4, tensor=2))
+        param_shardings(abstract, {"layer": {"kernel": axes}}, FakeMesh(fsdp=4, expert=3, tensor=2))
 
 
 def test_an_axis_without_a_rule():

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs import early_fusion, quickstart, small
+from configs import early_fusion, mm1, moe, quickstart, small
 from configs.base import base
 from nmm_jax.models import build
 from nmm_jax.scaling.counting import count, memory
@@ -16,9 +16,25 @@ def test_the_papers_ladder(size):
     assert round(count(early_fusion.get_config(size)).paper_parameters / 1e6, 1) == PAPER[size]
 
 
-def changed(**model):
+# Billions, of the paper's mixtures of 8 experts and of MM1's.
+TOTALS = {"275m": "1.20", "464m": "2.15", "932m": "4.51", "1.6b": "8.18", "2.3b": "11.76", "3.4b": "17.53"}
+
+
+@pytest.mark.parametrize("size", TOTALS)
+def test_the_papers_mixtures(size):
+    counts = count(moe.get_config(f"{size}-8e"))
+    assert f"{counts.paper_total / 1e9:.2f}" == TOTALS[size]
+    assert round(counts.paper_parameters / 1e6, 1) == PAPER[size]
+
+
+def test_mm1s_mixtures():
+    assert [f"{count(mm1.get_config(size)).parameters / 1e9:.0f}" for size in ("3b-64e", "7b-32e")] == ["64", "47"]
+
+
+def changed(experts=None, **model):
     c = base()
     c.model.update(model)
+    c.model.moe.update(experts or {})
     return c
 
 
@@ -30,6 +46,10 @@ CONFIGS = [
     changed(kv_heads=4, qk_norm="full"),
     changed(kv_heads=2, qk_norm="head", head_dim=40, patch_positions=True),
     changed(qk_norm="none", norm="layernorm", ffn_width=1000, norm_position="post", scan_layers=False),
+    moe.get_config("275m-8e"),
+    moe.get_config("275m-aware"),
+    mm1.get_config("7b-32e"),
+    changed(dict(experts=6, top_k=2, granularity=2, shared=1, every=3, modality="grouped", balance="bias")),
 ]
 
 
@@ -39,18 +59,24 @@ def test_counts_equal_the_parameter_tree(config):
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     counts = count(config)
     layers = abstract["layers"]
-    norms = {k: v for k, v in layers["attention"].items() if k.endswith("norm")}
+    blocks = [layers] if "attention" in layers else list(layers.values())
+    norms = [[v for k, v in b["attention"].items() if k.endswith("norm")] for b in blocks]
+    experts = size([b["ffn"].get("experts") for b in blocks])
+    routers = size([b["ffn"].get("router") for b in blocks])
     assert counts.parts == {
         "token_embedding": size(abstract["embed"]),
         "patch_embedding": size(abstract["patches"]),
-        "attention": size(layers["attention"]) - size(norms),
-        "ffn": size(layers["ffn"]),
-        "experts": 0,
-        "routers": 0,
-        "norms": size([norms, layers["attention_norm"], layers["ffn_norm"], abstract["final_norm"]]),
+        "attention": size([b["attention"] for b in blocks]) - size(norms),
+        "ffn": size([b["ffn"] for b in blocks]) - experts - routers,
+        "experts": experts,
+        "routers": routers,
+        "norms": size([norms, *((b["attention_norm"], b["ffn_norm"]) for b in blocks), abstract["final_norm"]]),
         "head": size(abstract.get("head")),
     }
-    assert counts.parameters == counts.active_parameters == size(abstract)
+    assert counts.parameters == size(abstract)
+    c = config.model.moe
+    unused = experts * (1 - c.top_k / c.experts) if c.experts else 0
+    assert counts.active_parameters == size(abstract) - unused
     assert memory(config)["parameters"] == 4 * size(abstract)
 
 

@@ -38,8 +38,30 @@ def test_a_line_has_exact_numbers_and_no_loss_for_a_source_without_targets():
     )
 
 
+def test_a_line_of_a_model_with_experts():
+    """Two layers of two experts, 100 tokens: the first layer even, the second with all on one expert and 5 dropped."""
+    router = {
+        "balance_loss": np.float32(1.5),
+        "router_z_loss": np.float32(4.0),
+        "expert_tokens": np.array([[[30, 30], [20, 20]], [[60, 0], [40, 0]]], np.int32),
+        "dropped_tokens": np.array([0, 5], np.int32),
+        "router_entropy": np.array([[40.0, 20.0], [30.0, 10.0]], np.float32),
+    }
+    seen = metrics.Seen({"captions": 0, "text": 0}, dropped=2)
+    seen.add(fetched(router=router))
+    line = json.loads(json.dumps(metrics.line(5, fetched(router=router), seen, {})))
+    assert {k.removeprefix("moe/"): v for k, v in line.items() if k.startswith("moe/")} == {
+        "balance_loss": 1.5,
+        "router_z_loss": 4.0,
+        "router_entropy": 0.5,
+        "load_imbalance": 1.5,
+        "dropped_tokens": 7,
+        "tokens_per_expert": [[50, 50], [100, 0]],
+    }
+
+
 def test_seen_survives_a_checkpoint():
-    seen = metrics.Seen({"captions": 2**40, "text": 3}, images=7)
+    seen = metrics.Seen({"captions": 2**40, "text": 3}, images=7, dropped=1)
     meta = json.loads(json.dumps(seen.to_meta()))
     assert metrics.Seen.from_meta(meta, ("captions", "text")) == seen
 
