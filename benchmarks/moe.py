@@ -1,18 +1,18 @@
 """What a mixture of experts costs beside the dense block of equal active parameters, forward and backward.
 
-    python -m benchmarks.moe [--experts=8,16,64] [--output=benchmarks/moe.json]          # two minutes on 2 cores
+    python -m benchmarks.moe [--experts=8,16,64] [--output=benchmarks/moe.json]          # three minutes on 2 cores
     python -m benchmarks.moe --width=768 --ffn=2048 --threads=1                          # another shape, one core
 
 On JAX's default device: CPU in float32, accelerators in bfloat16. Every token goes to one expert, as wide as the dense
-block. Rivals: the same layer by XLA's own jax.lax.ragged_dot, at the fewest experts and once (on CPU it multiplies
-every row with every expert); and transformers' Mixtral block on the same weights and tokens where torch is installed
+block. Rivals: the same layer by XLA's own jax.lax.ragged_dot, at the fewest experts (on CPU it multiplies every row
+with every expert); and transformers' Mixtral block on the same weights and tokens where torch is installed
 (`make .venv-all/ready`, then .venv-all/bin/python), by its loop over experts ("eager") and by the grouped product that
 it chooses by itself. Outputs are compared before anything is timed.
 
 All are timed in turns, one run of each a round, with a pause between (threads of one library that still wait for work
 take time from the next); "x dense" is the median over rounds of the ratio to the dense block's time in that round.
-"needed" are the products of one matrix for each token, three of the SwiGLU and the router's, times three for the two
-gradients; "more" is what is multiplied beyond that, where it can be counted.
+What takes more than 5 s is run once. "needed" are the products of one matrix for each token, three of the SwiGLU and
+the router's, times three for the two gradients; "more" is what is multiplied beyond that, where it can be counted.
 """
 
 import dataclasses
@@ -43,23 +43,22 @@ _TOKENS = flags.DEFINE_integer("tokens", 8192, "of a batch", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 256, "D", lower_bound=1)
 _FFN = flags.DEFINE_integer("ffn", 704, "of the dense block and of an expert", lower_bound=1)
 _EXPERTS = flags.DEFINE_list("experts", ["8", "16", "64"], "numbers of experts")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "runs of each, after one that is not counted", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "runs of each, after one that is not counted", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU cores to run on; 0 is all", lower_bound=0)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 
-PAUSE = 0.25  # seconds
+PAUSE, ONCE = 0.25, 5.0  # seconds: between runs, and beyond which one run has to do
 
 Values = dict[str, Any]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Case:
     way: str
     experts: int  # 0: dense
     run: Callable[[], Any]  # once forward and backward, until it is done
     needed: float  # FLOPs
     executed: float | None
-    rounds: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -148,7 +147,7 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
     x, dy = (jnp.asarray(a, dtype) for a in (x32, dy32))
     needed = 18.0 * tokens * d * f
     apply, params = module_of(lambda: SwiGLU(spec_of(0, dtype), 0, rngs=nnx.Rngs(params=0)))
-    made = [Case("dense SwiGLU", 0, forward_and_backward(apply, params, x, dy)[0], needed, needed, _ROUNDS.value)]
+    made = [Case("dense SwiGLU", 0, forward_and_backward(apply, params, x, dy)[0], needed, needed)]
     modality, imbalance = jnp.zeros((1, tokens), jnp.int32), {}
     for n, experts in enumerate(sorted(int(e) for e in _EXPERTS.value)):
         spec = spec_of(experts, dtype)
@@ -161,18 +160,18 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
         if jax.default_backend() == "cpu":  # the "blocks" form: a group's last block is a whole one
             rows = min(grouped_matmul.BLOCK, tokens)
             executed = own + needed * ((-(-received // rows) * rows).sum() / tokens - 1)
-        made.append(Case("ours", experts, ours, own, executed, _ROUNDS.value))
+        made.append(Case("ours", experts, ours, own, executed))
         y, (_, dx) = ours()
         rivals = []
         if n == 0:
             run, compiled = forward_and_backward(ragged, params, x, dy)
-            rivals.append(Case("jax.lax.ragged_dot", experts, run, own, compiled.cost_analysis().get("flops"), 1))
+            rivals.append(Case("jax.lax.ragged_dot", experts, run, own, compiled.cost_analysis().get("flops")))
         for implementation in ("eager", "grouped_mm"):
             try:
                 run = mixtral(params, x32, dy32, dtype, implementation)
             except ImportError:
                 continue
-            rivals.append(Case(f"transformers, {implementation}", experts, run, own, None, _ROUNDS.value))
+            rivals.append(Case(f"transformers, {implementation}", experts, run, own, None))
         for rival in rivals:
             compare(rival, y, dx if rival.way != "jax.lax.ragged_dot" else None)
         made += rivals
@@ -193,15 +192,25 @@ def compare(rival: Case, y: jax.Array, dx: jax.Array | None) -> None:
 
 
 def measure(made: list[Case]) -> None:
+    slow = set()
     for n in range(_ROUNDS.value + 1):
         for case in made:
-            if n > case.rounds or (n == 0 and case.rounds == 1):
+            if case in slow:
                 continue
             time.sleep(PAUSE)
             begin = time.perf_counter()
             case.run()
-            if n:
-                case.seconds.append(time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            if n == 0 and seconds > ONCE:
+                slow.add(case)
+            if n or case in slow:
+                case.seconds.append(seconds)
+
+
+def times_dense(case: Case, dense: Case) -> float:
+    if len(case.seconds) == 1:
+        return case.seconds[0] / statistics.median(dense.seconds)
+    return statistics.median(s / d for s, d in zip(case.seconds, dense.seconds, strict=True))
 
 
 def main(_):
@@ -210,7 +219,6 @@ def main(_):
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     made, imbalance = cases(dtype)
     measure(made)
-    dense = made[0].seconds
     rows = []
     for case in made:
         rows.append(
@@ -218,7 +226,7 @@ def main(_):
                 "way": case.way,
                 "experts": case.experts,
                 "milliseconds": 1e3 * statistics.median(case.seconds),
-                "times_dense": statistics.median(s / d for s, d in zip(case.seconds, dense, strict=False)),
+                "times_dense": times_dense(case, made[0]),
                 "needed_gflop": case.needed / 1e9,
                 "gflop_per_second": case.needed / 1e9 / statistics.median(case.seconds),
                 "more_flop": None if case.executed is None else case.executed / case.needed - 1,
