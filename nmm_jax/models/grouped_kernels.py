@@ -240,30 +240,40 @@ def triton_weights(x, dy, w, sizes, *, interpret=False):
     ends = jnp.cumsum(sizes)
 
     def kernel(x_ref, dy_ref, start_ref, end_ref, dw_ref):
-        i, o = (pl.ds(pl.program_id(axis) * size, size) for axis, size in zip((1, 2), block, strict=True))
+        i, o = (pl.ds(pl.program_id(axis) * block[axis], block[axis]) for axis in (0, 1))
         start, end = start_ref[...], end_ref[...]
-        own_i, own_o = ((s.start + jnp.arange(s.size))[None] < size for s, size in ((i, inner), (o, outer)))
+        # Where blocks divide the matrix nothing is masked but the last rows: masked loads may not be pipelined.
+        own_i, own_o = (
+            None if size % s.size == 0 else (s.start + jnp.arange(s.size))[None] < size
+            for s, size in ((i, inner), (o, outer))
+        )
+
+        def both(a, b):
+            return a & b if a is not None and b is not None else b if a is None else a
+
+        def load(ref, mask):
+            return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
         def add(visit, total, masked=False):
-            first = start + visit * rows
-            own = (first + jnp.arange(rows) < end)[:, None] if masked else True
-            a = plgpu.load(x_ref.at[pl.ds(first, rows), i], mask=own & own_i, other=0)
-            b = plgpu.load(dy_ref.at[pl.ds(first, rows), o], mask=own & own_o, other=0)
-            return total + pl.dot(a.T, b, precision=_one_precision(x))
+            of_visit = pl.ds(start + visit * rows, rows)
+            own = (of_visit.start + jnp.arange(rows) < end)[:, None] if masked else None
+            a, b = load(x_ref.at[of_visit, i], both(own, own_i)), load(dy_ref.at[of_visit, o], both(own, own_o))
+            return total + plgpu.dot(a.T, b, precision=_one_precision(x))
 
         whole = (end - start) // rows
         total = jax.lax.fori_loop(0, whole, add, jnp.zeros(block, jnp.float32))
-        total = add(whole, total, masked=True)
-        plgpu.store(dw_ref.at[i, o], total.astype(dw_ref.dtype), mask=own_i.T & own_o)
+        total = add(whole, total, masked=True).astype(dw_ref.dtype)
+        plgpu.store(dw_ref.at[i, o], total, mask=both(None if own_i is None else own_i.T, own_o))
 
-    of_group = pl.BlockSpec((None,), lambda g, i, o: (g,))
-    everything = [pl.BlockSpec(a.shape, lambda g, i, o: (0, 0)) for a in (x, dy)]
+    everything = [pl.BlockSpec(a.shape, lambda i, o, g: (0, 0)) for a in (x, dy)]
+    of_group = pl.BlockSpec((None,), lambda i, o, g: (g,))
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype),
-        grid=(groups, pl.cdiv(inner, block[0]), pl.cdiv(outer, block[1])),
+        # A group's blocks together, for they read the same rows.
+        grid=(pl.cdiv(inner, block[0]), pl.cdiv(outer, block[1]), groups),
         in_specs=[*everything, of_group, of_group],
-        out_specs=pl.BlockSpec((None, inner, outer), lambda g, i, o: (g, 0, 0)),
+        out_specs=pl.BlockSpec((None, inner, outer), lambda i, o, g: (g, 0, 0)),
         compiler_params=plgpu.CompilerParams(num_warps=config["num_warps"], num_stages=config["num_stages"]),
         interpret=interpret,
         name="grouped_weights",
