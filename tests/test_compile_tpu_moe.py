@@ -13,7 +13,7 @@ from tests.tpu_compile import Compiled, compile_step
 pytestmark = pytest.mark.extras
 
 CONFIG = "configs/moe.py:hw-1b-8e"
-DEPTH, EXPERTS, WIDTH, FFN = 4, 8, 2048, 5632
+DEPTH, EXPERTS, WIDTH, FFN, VOCABULARY = 4, 8, 2048, 5632, 50_432
 ROWS, LENGTH, DEVICES = 128, 1536, 64
 TOKENS = ROWS * LENGTH // DEVICES  # of a device
 MESHES = {"one expert a device": (8, 8), "two experts a device": (16, 4)}  # fsdp, expert
@@ -80,15 +80,16 @@ def test_gradients_of_experts_are_scattered_and_never_summed_whole(mesh, remat):
     owned = EXPERTS // expert * WIDTH * FFN  # values of one matrix that a device of the expert axis is responsible for
     scattered = 0
     for computation, i in in_loops(program(mesh, remat)):
-        in_scatter = "reduce-scatter" in computation  # a fusion that the compiler names all-reduce-scatter
-        if i.op in ("reduce-scatter", "reduce-scatter-start") or (in_scatter and i.op.startswith("all-reduce")):
+        within_scatter = "reduce-scatter" in computation  # a fusion that the compiler names all-reduce-scatter
+        if i.op in ("reduce-scatter", "reduce-scatter-start") or (within_scatter and i.op.startswith("all-reduce")):
             assert group_size(i) == fsdp, i
-            values = sum(math.prod(dims) for _, dims in i.shapes)
-            scattered += values // fsdp if in_scatter else values
+            of_experts = sum(math.prod(dims) for _, dims in i.shapes if FFN in dims)
+            scattered += of_experts // fsdp if within_scatter else of_experts
         elif i.op in ("all-reduce", "all-reduce-start"):
-            assert i.bytes < 1 << 20, f"{i.type} {i.source}"
-    # Gate, up and down; a few vectors may share an operation with them.
-    assert 3 * owned // fsdp <= scattered, (scattered, owned)
+            # Shards of what is no expert's are summed over the expert axis; nothing is summed in one piece.
+            whole = [dims for _, dims in i.shapes if FFN in dims or math.prod(dims) >= WIDTH * WIDTH]
+            assert not whole, f"{i.type} {i.source}"
+    assert 3 * owned // fsdp <= scattered, (scattered, owned)  # gate, up and down
 
 
 @pytest.mark.parametrize(("mesh", "remat"), CASES)
@@ -109,15 +110,20 @@ def test_nothing_has_a_row_for_every_expert_and_token(mesh, remat):
     for name in this.computations:
         for product in products_in(this, name):
             assert not any(FFN in shape for shape in product.shapes), product
-    kernels, rows = 0, expert * TOKENS  # all tokens of the axis, should they all want this device's experts
+    kernels, rows = [], expert * TOKENS  # all tokens of the axis, should they all want this device's experts
     for computation in this.computations.values():
         for i in computation.values():
             for _, dims in i.shapes:
-                large = math.prod(dims) > rows * FFN
-                assert not large or dims[:1] == (DEPTH,), f"{i.type} {i.op} {i.source}"
-            if i.op == "custom-call" and any(FFN in dims for _, dims in i.shapes):
-                kernels += 1
-    assert kernels >= 9, kernels  # three products forwards; two gradients of each
+                of_layer = dims[1:] if dims[:1] == (DEPTH,) else dims  # the layers' are stacked
+                assert math.prod(of_layer) <= rows * FFN or VOCABULARY in dims, f"{i.type} {i.op} {i.source}"
+            if i.op == "custom-call" and "tpu_custom_call" in i.attributes:
+                kernels.append([dims for o in (i, *(computation[o] for o in i.operands)) for _, dims in o.shapes])
+    # Three products forwards, two gradients of each, and what is computed again: under "exchanges" not the last.
+    assert len(kernels) == 9 + {"full": 3, "exchanges": 2}[remat]
+    matrices = {(EXPERTS // expert, WIDTH, FFN), (EXPERTS // expert, FFN, WIDTH)}
+    for shapes in kernels:
+        large = [dims for dims in shapes if math.prod(dims) >= rows * WIDTH]
+        assert set(large) == {(rows, WIDTH), (rows, FFN)} and matrices & set(shapes), shapes
 
 
 @pytest.mark.parametrize(("mesh", "remat"), CASES)
