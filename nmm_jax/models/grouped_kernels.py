@@ -240,13 +240,14 @@ def triton_weights(x, dy, w, sizes, *, interpret=False):
     ends = jnp.cumsum(sizes)
 
     def kernel(x_ref, dy_ref, start_ref, end_ref, dw_ref):
-        i, o = (pl.ds(pl.program_id(axis) * block[axis], block[axis]) for axis in (0, 1))
-        start, end = start_ref[...], end_ref[...]
+        first = [pl.program_id(axis) * size for axis, size in enumerate(block)]
+        i, o = (pl.ds(*span) for span in zip(first, block, strict=True))
         # Where blocks divide the matrix nothing is masked but the last rows: masked loads may not be pipelined.
         own_i, own_o = (
-            None if size % s.size == 0 else (s.start + jnp.arange(s.size))[None] < size
-            for s, size in ((i, inner), (o, outer))
+            None if width % size == 0 else (at + jnp.arange(size))[None] < width
+            for at, size, width in zip(first, block, (inner, outer), strict=True)
         )
+        start, end = start_ref[...], end_ref[...]
 
         def both(a, b):
             return a & b if a is not None and b is not None else b if a is None else a
@@ -255,9 +256,10 @@ def triton_weights(x, dy, w, sizes, *, interpret=False):
             return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
         def add(visit, total, masked=False):
-            of_visit = pl.ds(start + visit * rows, rows)
-            own = (of_visit.start + jnp.arange(rows) < end)[:, None] if masked else None
-            a, b = load(x_ref.at[of_visit, i], both(own, own_i)), load(dy_ref.at[of_visit, o], both(own, own_o))
+            at = start + visit * rows
+            own = (at + jnp.arange(rows) < end)[:, None] if masked else None
+            a = load(x_ref.at[pl.ds(at, rows), i], both(own, own_i))
+            b = load(dy_ref.at[pl.ds(at, rows), o], both(own, own_o))
             return total + plgpu.dot(a.T, b, precision=_one_precision(x))
 
         whole = (end - start) // rows
