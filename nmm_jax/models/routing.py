@@ -78,16 +78,17 @@ def route_by_modality(moe: MoESpec, modality: Int[Array, "B S"]) -> tuple[Choice
     return Choice(experts, (modality >= 0)[..., None].astype(jnp.float32)), statistics
 
 
-def expert_modality(moe: MoESpec) -> Int[Array, "E"]:
-    """0 for the experts of text, 1 for those of images, where there are groups: text's come first."""
-    return (jnp.arange(moe.experts) >= moe.experts - moe.image_experts).astype(jnp.int32)
+def is_image_expert(moe: MoESpec) -> Bool[Array, "E"]:
+    """Where there are groups: text's come first, then those of images."""
+    return jnp.arange(moe.experts) >= moe.experts - moe.image_experts
 
 
 def may_choose(moe: MoESpec, modality: Int[Array, "B S"]) -> Bool[Array, "B S E"]:
     """Which experts are open to a token; padding counts as text here."""
     if moe.modality == "agnostic":
         return jnp.ones((*modality.shape, moe.experts), bool)
-    return jnp.maximum(modality, 0)[..., None] == expert_modality(moe)
+    # Booleans: with int32 labels XLA's CPU compiler gave wrong masks at E = 8 (jaxlib 0.10.2).
+    return (modality == 1)[..., None] == is_image_expert(moe)
 
 
 def count_tokens(moe: MoESpec, experts: Int[Array, "B S k"], modality: Int[Array, "B S"]) -> Int[Array, "2 E"]:
@@ -109,7 +110,7 @@ def rebalanced(moe: MoESpec, bias: Float[Array, "L E"], expert_tokens: Int[Array
 
 
 def _same_group(moe: MoESpec) -> Bool[Array, "E E"]:
-    group = expert_modality(moe) if moe.modality == "grouped" else jnp.zeros(moe.experts, jnp.int32)
+    group = is_image_expert(moe) if moe.modality == "grouped" else jnp.zeros(moe.experts, bool)
     return group[:, None] == group
 
 
