@@ -104,8 +104,8 @@ def _precision(a, b):
 
 # Tiles are the cheapest of those that fit on chip, by the bytes that the kernel's grid moves and the rows that it
 # multiplies for nothing: a tile of rows is visited once for each group in it, so that large ones suit large groups
-# only. The speeds are v5p's: FLOP/s, bytes/s, and seconds for a step of the grid (0.35 us, Pallas' TPU pipelining
-# guide). Of other chips, those on which moving bytes is dearer mean larger tiles, and the VMEM decides those anyway.
+# only. The speeds are v5p's FLOP/s and bytes/s; the seconds that a step of the grid costs are assumed. They compile for
+# v4, v5e, v5p and v6e; no TPU has timed them.
 FLOPS, BYTES, STEP = 459e12, 2.77e12, 0.35e-6
 
 
@@ -170,7 +170,7 @@ def _widths(width) -> Iterable[int]:
 # tokamax has two kernels for rows x matrices. By the timings that it ships for H100, Triton's does some 650 TF/s and
 # Mosaic's 430; but Triton's launches its whole grid once for every group, and an empty block takes 0.75 ns: the same as
 # 29 of K for each group. So Mosaic's is used where K <= MOSAIC[generation] * G. With 24, that is the faster one of 27
-# among the 29 shapes that both ran whole (the other two, K = 4096 and G = 128, lose 11 %); with 256, of B200's all 35.
+# among the 29 shapes that both ran whole (the other two, K = 4096 and G = 128, lose 11 %); with 256, of B200's all 33.
 MOSAIC = {9: 24, 10: 256}
 
 
