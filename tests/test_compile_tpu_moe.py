@@ -78,17 +78,19 @@ def test_exchanges_of_a_layer(mesh, remat):
 def test_gradients_of_experts_are_scattered_and_never_summed_whole(mesh, remat):
     fsdp, expert = MESHES[mesh]
     owned = EXPERTS // expert * WIDTH * FFN  # values of one matrix that a device of the expert axis is responsible for
-    scattered = 0
+    scattered = []
     for computation, i in in_loops(program(mesh, remat)):
         within_scatter = "reduce-scatter" in computation  # a fusion that the compiler names all-reduce-scatter
         if i.op in ("reduce-scatter", "reduce-scatter-start") or (within_scatter and i.op.startswith("all-reduce")):
-            assert group_size(i) == fsdp, i
-            of_experts = sum(math.prod(dims) for _, dims in i.shapes if FFN in dims)
-            scattered += of_experts // fsdp if within_scatter else of_experts
+            parts = fsdp if within_scatter else 1
+            # In bfloat16 nothing is as large but the experts' gradients; the head's is float32.
+            large = [dims for kind, dims in i.shapes if kind == "bf16" and math.prod(dims) >= owned // fsdp * parts]
+            assert not large or group_size(i) == fsdp, i
+            scattered += large
         elif i.op in ("all-reduce", "all-reduce-start"):
             # (Of attention's, the output's is summed whole where width / fsdp is 128: libtpu 0.0.42.)
-            assert not any(FFN in dims for _, dims in i.shapes), f"{i.type} {i.source}"
-    assert 3 * owned // fsdp <= scattered, (scattered, owned)  # gate, up and down
+            assert not any(FFN in dims or math.prod(dims) >= owned for _, dims in i.shapes), f"{i.type} {i.source}"
+    assert len(scattered) == 3, scattered  # gate, up and down
 
 
 @pytest.mark.parametrize(("mesh", "remat"), CASES)
