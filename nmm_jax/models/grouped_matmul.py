@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
-# Rows that are multiplied at a time in the "blocks" form. Measured on 2 cores, forward and backward of a SwiGLU with
-# d=256, f=704 and 8,192 rows, as a multiple of one dense SwiGLU: 8 groups 1.4, 64 groups 1.9; with blocks of 32
-# 1.7 and 2.1, of 128 1.3 and 1.8, of 256 1.2 and 2.1.
-BLOCK = 64
+# Rows that are multiplied at a time in the "blocks" form. Measured on one core, product and both gradients of 8,192
+# rows of 256 to 704, as a multiple of one dense product: 8 groups 1.17, 64 groups 1.58; with blocks of 32 1.27 and
+# 1.67, of 64 1.13 and 1.65, of 80 1.10 and 1.60.
+BLOCK = 48
 
 
 def grouped_matmul(
