@@ -48,7 +48,6 @@ MESHES = {
 RUNS = [
     *(("top 1", name, "padded") for name in MESHES if name != "fsdp 4, expert 2"),
     ("top 1", "expert 8", "gather"),
-    ("top 2", "expert 8", "padded"),
     ("top 2", "fsdp 2, expert 4", "gather"),
     ("top 2", "fsdp 2, expert 2, tensor 2", "gather"),
     ("top 2, all options", "fsdp 2, expert 2, tensor 2", "padded"),
