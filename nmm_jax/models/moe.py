@@ -202,13 +202,18 @@ def _combine(found: Float[Array, "T k D"], gates: Float[Array, "T k"]) -> Float[
 
 
 def _gather(w: Float[Array, "E ..."], dimension: int, mesh: Mesh) -> Float[Array, "E ..."]:
-    """The whole of a weight that is cut over fsdp.
+    """The whole of a weight that is cut over fsdp along `dimension`, 1 or 2.
 
-    With one expert a device, the gather's gradient has a leading axis of size 1, and XLA's TPU compiler makes of it an
-    all-reduce of all weight gradients instead of a reduce-scatter (libtpu 0.0.42); without that axis it does not.
+    Its gradient has to be a reduce-scatter. Of a tiled gather, XLA's TPU compiler (libtpu 0.0.42) makes an all-reduce
+    of the whole gradient where the leading axis has size 1, and where the last axis is cut into shards of 128; the
+    forms below it leaves as they are (tests/test_compile_tpu_moe.py).
     """
-    if mesh.shape["fsdp"] == 1:
+    shards = mesh.shape["fsdp"]
+    if shards == 1:
         return w
     if w.shape[0] == 1:
         return jax.lax.all_gather(w[0], "fsdp", axis=dimension - 1, tiled=True)[None]
-    return jax.lax.all_gather(w, "fsdp", axis=dimension, tiled=True)
+    if dimension == 1:
+        return jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
+    parts = jax.lax.all_gather(w, "fsdp", axis=0)
+    return jnp.moveaxis(parts, 0, 2).reshape(*w.shape[:2], shards * w.shape[2])
