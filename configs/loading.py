@@ -278,11 +278,11 @@ def _validate_experts(config: ConfigDict) -> None:
         model.depth % moe.every == 0,
         f"model.depth = {model.depth} is no multiple of model.moe.every = {moe.every}; the last layer must have some",
     )
-    if model.ffn_width:
-        _require(
-            model.ffn_width % moe.granularity == 0,
-            f"model.ffn_width = {model.ffn_width} does not divide into model.moe.granularity = {moe.granularity} parts",
-        )
+    _require(
+        moe.modality == "grouped" or not moe.image_experts,
+        f"model.moe.image_experts = {moe.image_experts} with model.moe.modality = {moe.modality!r}; only 'grouped' "
+        "has groups",
+    )
     group, which = moe.experts, "model.moe.experts"
     if moe.modality == "fixed":
         _require(

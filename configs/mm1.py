@@ -45,7 +45,6 @@ def get_config(size: str = "3b-64e"):
 
     c.model.width, c.model.depth, c.model.heads, c.model.ffn_width, c.model.moe.experts, c.model.moe.every = SIZES[size]
     c.model.kv_heads = KV_HEADS
-    c.model.remat = "exchanges"
     c.model.moe.top_k = 2
     c.model.moe.renormalise = True
 

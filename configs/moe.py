@@ -15,9 +15,9 @@ size, whatever it has in all:
 
 Shukor et al. 2025 (arXiv 2504.07951), section 4.4 and appendix A: experts in every layer, no token dropped, a weight of
 0.01 for the load-balancing loss, 2,500 steps of warm-up. The paper mentions no router z-loss; 0.001 is MM1's. All else
-is as in configs/early_fusion.py, its hardware and its time too: FLOPs are those of the dense model. Memory is not: 12
-bytes for each parameter there is, over all devices together. Loss to expect of 8e: the paper's fit (Table 12) at 100 B
-positions; its data are not public, so compare differences only.
+is as in configs/early_fusion.py, its time too: FLOPs are those of the dense model. Hardware: what has 12 bytes for each
+parameter there is, over all devices, and room for buffers (docs/moe.md has the sums; `describe` does them for a mesh).
+Loss to expect of 8e: the paper's fit (Table 12) at 100 B positions; its data are not public, so compare differences only.
 
     size        active*      in all (8e, 4+4, 64e)    loss
     275m         274.8M            1.20 B              2.92
@@ -65,6 +65,5 @@ def get_config(argument: str = "275m-8e"):
     else:
         c.schedule.warmup = min(c.steps // 4, 2_500)
         c.schedule.cooldown = c.steps // 5
-        c.model.remat = "exchanges"
     c.model.moe.update(VARIANTS[variant])
     return c.lock()

@@ -64,10 +64,10 @@ def table(description: dict[str, Any]) -> str:
     lines = [f"{d['family']}: " + ", ".join(f"{k} {v:,}" for k, v in d["dimensions"].items())]
     if d["experts"]:
         e = d["experts"]
+        where = "every layer" if e["every"] == 1 else f"every layer of {e['every']}"
         lines.append(
-            f"experts: {e['experts']}, of width {e['width']:,}, {e['top_k']} a token, {e['shared']} shared, in every "
-            f"layer of {e['every']}; routing {e['modality']}"
-            + (f", {e['image_experts']} of them for images" if e["image_experts"] else "")
+            f"experts: {e['experts']} of width {e['width']:,}, {e['top_k']} a token, {e['shared']} shared; in {where}; "
+            f"routing {e['modality']}" + (f", {e['image_experts']} of them for images" if e["image_experts"] else "")
         )
     lines += _section(
         "Parameters",

@@ -28,6 +28,8 @@ from data_pipelines.plan import ensure_plans
 from data_pipelines.rows import Geometry, batch_spec
 from data_pipelines.stream import Stream
 from nmm_jax import models
+from nmm_jax.models.moe import check_platform
+from nmm_jax.models.spec import Spec
 from nmm_jax.parallel import processes
 from nmm_jax.parallel.batches import local_rows, to_global
 from nmm_jax.parallel.chips import peak_flops
@@ -51,6 +53,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
     folder = pathlib.Path(workdir)
     mesh = make_mesh(config)
     check_rows(config, mesh)
+    check_platform(Spec.from_config(config).moe, mesh)
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
         ensure_plans(config, "train")

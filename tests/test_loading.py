@@ -104,7 +104,7 @@ MOE = "model.moe."
         ({MOE + "modality": "grouped", MOE + "experts": 1}, "model.moe.experts = 1 leaves an empty group"),
         ({MOE + "modality": "fixed"}, "one expert for text and one for images: experts = 2, .* not 8, 1 and 1"),
         ({MOE + "every": 4}, "model.depth = 2 is no multiple of model.moe.every = 4"),
-        ({MOE + "granularity": 5}, "model.ffn_width = 384 does not divide into model.moe.granularity = 5"),
+        ({MOE + "image_experts": 4}, "image_experts = 4 with model.moe.modality = 'agnostic'; only 'grouped'"),
         ({MOE + "renormalise": True}, "with one choice makes every gate 1, and the router's gradient 0"),
         ({MOE + "buffer_factor": 0.5}, "buffer_factor = 0.5 has no room for the mean load"),
         ({MOE + "balance": "los"}, "did you mean 'loss'"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from nmm_jax.models.routing import MODALITIES
+from nmm_jax.models.router import MODALITIES
 
 
 @dataclasses.dataclass(frozen=True)

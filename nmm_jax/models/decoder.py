@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from nmm_jax.models.layers import Norm, SwiGLU, rotate, weight
 from nmm_jax.models.moe import EXCHANGED, MoE
-from nmm_jax.models.routing import Statistics
+from nmm_jax.models.router import CHOICE, Statistics
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
 
@@ -170,11 +170,8 @@ def run_blocks(
 
 
 def remat_policy(name: str) -> Callable[..., bool]:
-    """Which of a layer's values are kept for the backward pass, besides its input."""
-    if name == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    if name == "exchanges":
-        return jax.checkpoint_policies.save_only_these_names(*EXCHANGED)
-    if name == "minimal":
-        return jax.checkpoint_policies.save_only_these_names(*KEPT)
-    raise ValueError(f"model.remat = {name!r}; expected none, full, exchanges or minimal")
+    """Which of a layer's values are kept for the backward pass, besides its input and its router's choice."""
+    names = {"full": (), "exchanges": EXCHANGED, "minimal": KEPT}
+    if name not in names:
+        raise ValueError(f"model.remat = {name!r}; expected none, full, exchanges or minimal")
+    return jax.checkpoint_policies.save_only_these_names(CHOICE, *names[name])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from nmm_jax.models.attention import attention, masked_attention
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks
 from nmm_jax.models.layers import Norm, PatchEmbedding, TokenEmbedding, rotary_tables, weight
-from nmm_jax.models.routing import Statistics
+from nmm_jax.models.router import Statistics
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
 

@@ -28,8 +28,7 @@ def megablox(
     Args:
       interpret: run on any backend, by JAX's own operations, slowly. For tests.
     """
-    kernels = (partial(f, interpret=interpret) for f in (_megablox_rows, _megablox_weights))
-    return _grouped(*kernels, x, w, sizes)
+    return _grouped(*_megablox_kernels(interpret), x, w, sizes)
 
 
 def tokamax(x: Float[Array, "N K"], w: Float[Array, "G K M"], sizes: Int[Array, "G"]) -> Float[Array, "N M"]:
@@ -70,6 +69,12 @@ def _mask(y, sizes):
 VMEM_BYTES = 12 << 20
 # megablox counts tiles with jnp.histogram, whose float32 edges go wrong beyond this many (JAX 0.10.2: at 5000).
 MAX_ROW_TILES = 4096
+
+
+@lru_cache
+def _megablox_kernels(interpret: bool) -> tuple[Callable, Callable]:
+    """The same objects each time, so that JAX knows a function it has traced."""
+    return partial(_megablox_rows, interpret=interpret), partial(_megablox_weights, interpret=interpret)
 
 
 def _megablox_rows(x, w, sizes, *, interpret, transposed):
@@ -289,6 +294,11 @@ def _one_precision(x):
 def _capability() -> float:
     """Of the default device, as tokamax itself asks; 0 of what is no NVIDIA GPU."""
     return float(getattr(jax.extend.backend.get_default_device(), "compute_capability", 0))
+
+
+def require_tokamax() -> None:
+    """Raises ImportError, which says what to install, where tokamax is not."""
+    _import_tokamax()
 
 
 def _import_tokamax():

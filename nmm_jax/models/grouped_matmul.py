@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nmm_jax.models import grouped_kernels
+
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
 # Rows that are multiplied at a time in the "blocks" form. Measured on one core, product and both gradients of 8,192
@@ -39,8 +41,6 @@ def grouped_matmul(
         implementation = {"tpu": "megablox", "gpu": "tokamax", "cuda": "tokamax"}.get(platform, "blocks")
     if implementation == "blocks":
         return _blocks(x, w, sizes)
-    from nmm_jax.models import grouped_kernels  # Pallas and what it needs, where it is used
-
     if implementation == "megablox":
         return grouped_kernels.megablox(x, w, sizes)
     if implementation == "tokamax":

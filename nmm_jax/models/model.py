@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from nmm_jax.models.early_fusion import Cache, EarlyFusion
-from nmm_jax.models.routing import Statistics, rebalanced
+from nmm_jax.models.router import Statistics, rebalanced
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
 

@@ -2,7 +2,7 @@
 
     y = sum over the k chosen experts e of gate_e * SwiGLU_e(x)  (+ a SwiGLU that every token passes, if shared)
 
-models/routing.py chooses, models/dispatch.py sorts and puts back, models/grouped_matmul.py multiplies. No token is
+models/router.py chooses, models/dispatch.py sorts and puts back, models/grouped_matmul.py multiplies. No token is
 dropped unless the buffers are bounded (`model.moe.buffer_factor`). With more than one device this happens inside
 shard_map, each device sorting its own tokens; where the mesh has an `expert` axis they travel to their experts:
 
@@ -21,10 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from nmm_jax.models import grouped_kernels
 from nmm_jax.models.dispatch import from_groups, sort_by_group, to_groups
 from nmm_jax.models.grouped_matmul import grouped_matmul
 from nmm_jax.models.layers import SwiGLU, weight
-from nmm_jax.models.routing import Choice, Statistics, route, route_by_modality
+from nmm_jax.models.router import Choice, Statistics, route, route_by_modality
 from nmm_jax.models.spec import MoESpec, Spec
 from nmm_jax.parallel import exchange
 from nmm_jax.parallel.mesh import BATCH_AXES
@@ -134,7 +135,7 @@ def _apply(
     flat = x.reshape(-1, x.shape[-1])
     experts, gates = (a.reshape(-1, moe.top_k) for a in (experts, gates))
     compute = partial(_feed_forward, moe, platform, weights)
-    transport = choose_transport(moe.transport, platform)
+    transport = choose_transport(moe, platform, axis_size)
     if axis_size == 1:
         y, dropped = _here(flat, experts, gates, moe.experts, compute)
     elif transport == "gather":
@@ -144,13 +145,39 @@ def _apply(
     return y.reshape(x.shape), dropped
 
 
-def choose_transport(name: str, platform: str) -> str:
-    """On GPU `gather`: with 8 GPUs in a node it took 34 ms a layer where the ragged exchange took 60 (marin's log)."""
-    if name == "auto":
-        return {"tpu": "ragged", "gpu": "gather", "cuda": "gather"}.get(platform, "padded")
-    if name == "ragged" and platform == "cpu":
+def choose_transport(moe: MoESpec, platform: str, axis_size: int) -> str:
+    """model.moe.transport, or by platform.
+
+    `gather` moves axis_size / top_k times the rows of an exchange. Where that is once, 8 choices over 8 H100s, marin's
+    log has it at 34 ms a layer and the ragged exchange at 60; so on GPU it is taken up to twice. Not measured here.
+    """
+    if moe.transport != "auto":
+        return moe.transport
+    if platform in ("gpu", "cuda"):
+        return "gather" if axis_size <= 2 * moe.top_k else "ragged"
+    return "ragged" if platform == "tpu" else "padded"
+
+
+def check_platform(moe: MoESpec | None, mesh: Mesh) -> None:
+    """Raises ValueError where the config asks for what the mesh's devices do not have."""
+    platform, axis_size = Constrain(mesh).platform, mesh.shape["expert"]
+    if moe is None:
+        if axis_size > 1:
+            raise ValueError(
+                f"mesh.expert = {axis_size} and the model has no experts (model.moe.experts = 0): every device of that "
+                "axis would hold all parameters; make it 1 and mesh.fsdp larger"
+            )
+        return
+    runs_on = {"megablox": ("tpu",), "tokamax": ("gpu", "cuda")}.get(moe.grouped_matmul, (platform,))
+    if platform not in runs_on:
+        raise ValueError(
+            f"model.moe.grouped_matmul = {moe.grouped_matmul!r} runs on {runs_on[0].upper()}, and these devices are "
+            f"{platform.upper()}; 'auto' chooses by device"
+        )
+    if moe.transport == "ragged" and platform == "cpu" and axis_size > 1:
         raise ValueError("model.moe.transport = 'ragged': XLA has it on TPU and GPU; on CPU take 'padded' or 'auto'")
-    return name
+    if moe.grouped_matmul in ("auto", "tokamax") and platform in ("gpu", "cuda"):
+        grouped_kernels.require_tokamax()
 
 
 def _here(x, experts, gates, num_experts, compute, capacity=None):

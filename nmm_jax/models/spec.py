@@ -37,6 +37,11 @@ class MoESpec:
         if not moe.experts:
             return None
         split = moe.granularity
+        if ffn_width % split:
+            raise ValueError(
+                f"the feed-forward width {ffn_width} (model.ffn_width, or derived from model.width) does not divide "
+                f"into model.moe.granularity = {split} parts"
+            )
         groups = {"agnostic": 0, "grouped": moe.image_experts or moe.experts // 2, "fixed": moe.experts // 2}
         return cls(
             experts=split * moe.experts,

@@ -10,7 +10,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from nmm_jax.models.spec import Spec
+from nmm_jax.models.spec import MoESpec, Spec
 
 FLOAT32 = 4  # bytes
 
@@ -107,35 +107,49 @@ def causal_keys(row_length: int) -> float:
 def memory(config: ConfigDict) -> dict[str, int]:
     """Bytes in all devices together while a step runs, by part; "activations" is an estimate.
 
-    It holds what layers keep for the backward pass of one microbatch under the config's remat policy. Not in it: one
-    layer's workspace, a chunk of logits, and parameters gathered for use.
+    What the mesh holds several times over counts as often: everything over `replica`, all but the experts over
+    `expert`. (An axis of -1 counts as 1.) Activations are what layers keep for the backward pass of one microbatch under
+    the config's remat policy. Not in it: one layer's workspace, a chunk of logits, and parameters gathered for use.
     """
-    spec, n = Spec.from_config(config), count(config).parameters
-    rows = math.ceil(config.batch_rows / config.gradient_accumulation)
+    spec, counts = Spec.from_config(config), count(config)
+    replicas, expert_axis = max(config.mesh.replica, 1), max(config.mesh.expert, 1)
+    experts = counts.parts["experts"]
+    n = replicas * (experts + (counts.parameters - experts) * expert_axis)
+    tokens = math.ceil(config.batch_rows / config.gradient_accumulation) * config.row_length
     element = {"float32": 4, "bfloat16": 2}[spec.dtype]
     with_experts = spec.depth // spec.period if spec.moe else 0
     kept = (spec.depth - with_experts) * _kept(spec, spec.ffn_width, 0)
     if spec.moe:
-        # Rows of buffers for each token: of its experts, as many as come in the mean, and of the shared ones.
-        f = (spec.moe.top_k + spec.moe.shared) * spec.moe.width
-        kept += with_experts * _kept(spec, f, spec.moe.top_k)
+        rows, travelled = buffer_rows(spec.moe, expert_axis)
+        kept += with_experts * _kept(spec, (rows + spec.moe.shared) * spec.moe.width, travelled)
     return {
         "parameters": FLOAT32 * n,
         "optimizer": 2 * FLOAT32 * n,  # Adam's two moments
         "gradients": FLOAT32 * n,
-        "activations": rows * config.row_length * kept * element,
+        "activations": int(tokens * kept * element),
     }
 
 
-def _kept(spec: Spec, ffn_width: int, exchanged: int) -> int:
-    """Values that a layer keeps of a position; `exchanged` is how often it travels there and back."""
+def buffer_rows(moe: MoESpec, expert_axis: int) -> tuple[float, float]:
+    """Rows for each token: of the buffers that experts compute on, and of those that crossed the network and came back.
+
+    Dropless buffers have room for all tokens of the axis at each of its devices.
+    """
+    if expert_axis == 1:
+        return moe.top_k, 0
+    worst = expert_axis * min(moe.top_k, moe.experts // expert_axis)
+    received = min(worst, moe.buffer_factor * moe.top_k) if moe.buffer_factor else worst
+    return received, received + moe.top_k
+
+
+def _kept(spec: Spec, ffn_width: float, travelled: float) -> float:
+    """Values that a layer keeps of a position; `travelled` of its rows are buffers of an exchange."""
     d = spec.width
     query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    travelled = 2 * exchanged * d
-    named = 2 * query_width + 2 * key_width + 2 * ffn_width + travelled  # what models.decoder.KEPT names
+    named = 2 * query_width + 2 * key_width + 2 * ffn_width + travelled * d  # what models.decoder.KEPT names
     return {
         "full": d,
-        "exchanges": d + travelled,
+        "exchanges": d + travelled * d,
         "minimal": d + named,
         "none": d + named + 2 * d + query_width + key_width + ffn_width,
     }[spec.remat]

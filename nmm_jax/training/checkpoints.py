@@ -8,6 +8,7 @@ They are read onto any mesh and any number of processes.
 
 import dataclasses
 import errno
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -176,16 +177,22 @@ class Run:
 
 
 def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> Run:
-    """The model of a run with its parameters of `step` (None: the last), on `mesh` (None: fsdp over all devices).
+    """The model of a run with its parameters of `step` (None: the last), on `mesh`.
+
+    Without a mesh: experts over as many devices as divide them, fsdp over the rest. How experts are computed and
+    reached is chosen for these devices, whatever the run's config says.
 
     Raises:
       CheckpointError: `workdir` is no run, or has no such checkpoint.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     config = from_json(checkpoints.meta(step)["config"])
-    if mesh is None:
-        mesh = mesh_of({"fsdp": -1})
+    with config.unlocked():
+        config.model.moe.transport = config.model.moe.grouped_matmul = "auto"
     model = models.build(config)
+    if mesh is None:
+        experts = model.spec.moe.experts if model.spec.moe else 1
+        mesh = mesh_of({"fsdp": -1, "expert": math.gcd(experts, jax.device_count())})
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.abstract, shardings)
     params, _, step = checkpoints.restore_params(step, abstract)

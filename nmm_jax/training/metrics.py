@@ -2,9 +2,9 @@
 
     {"step": 20, "loss": 5.1, "loss/captions": 4.9, "learning_rate": 0.001, ..., "tokens": 81920, "time/step": 0.1}
 
-A model with experts has `moe/` keys too. Of this step: the router's losses, load_imbalance (the busiest expert's tokens
-over the mean; the mean of all layers), router_entropy (nats; the mean of tokens and layers) and tokens_per_expert (a
-list of experts for each layer that has them). Of the run so far: dropped_tokens.
+A model with experts has `moe/` keys too. Of this step: the router's losses (0 where there is no router), load_imbalance
+(the busiest expert's tokens over its group's mean; the mean of layers), router_entropy (nats; the mean of tokens and
+layers) and tokens_per_expert (a list of experts for each layer that has them). Of the run so far: dropped_tokens.
 
 Keys that start with `time/`, `speed/` or `memory/` depend on the machine; all others are the same to the bit
 whenever the same run is repeated or goes on from a checkpoint. After a restart the file tells the surviving
@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 
 Fetched = Mapping[str, Any]  # a step's metrics (training/step.py) on the host
@@ -132,12 +131,11 @@ def _of_router(router: Fetched, tokens: int, dropped: int) -> dict[str, Any]:
     if not router:
         return {}
     by_expert = router["expert_tokens"].sum(1)  # [L,E]
-    busiest = by_expert.max(1) / np.maximum(by_expert.mean(1), 1)
     return {
         "moe/balance_loss": float(router["balance_loss"]),
         "moe/router_z_loss": float(router["router_z_loss"]),
         "moe/router_entropy": float(router["router_entropy"].sum() / len(by_expert) / max(tokens, 1)),
-        "moe/load_imbalance": float(busiest.mean()),
+        "moe/load_imbalance": float(router["load_imbalance"].mean()),
         "moe/dropped_tokens": dropped,
         "moe/tokens_per_expert": by_expert.tolist(),
     }

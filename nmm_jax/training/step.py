@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from nmm_jax.models import Model
+from nmm_jax.models.router import load_imbalance
 from nmm_jax.parallel.mesh import BATCH_AXES
 from nmm_jax.parallel.sharding import Constrain, batch_sharding, param_shardings, replicated
 from nmm_jax.training.losses import cross_entropy, masked_sums
@@ -38,7 +39,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
       loss_sum_by_source, mask_sum_by_source                                            float32 [K]
       tokens_by_source (real positions)                                                 int32 [K]
       images (filled slots), attended_pairs (of a query and a key it sees)              int32 [], float32 []
-      router, of a model with experts: what Model.hidden returns, summed over microbatches (its losses: their mean)
+      router: {}, or what Model.hidden returns, summed over microbatches (its losses: their mean), and
+        load_imbalance (the busiest expert's tokens over its group's mean)                float32 [layers with experts]
     """
     schedule = make_schedule(config)
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
@@ -52,8 +54,9 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         router = sums["router"]
-        if router:
+        if model.spec.moe:
             params = model.rebalanced(params, router["expert_tokens"])
+            router = router | {"load_imbalance": load_imbalance(model.spec.moe, router["expert_tokens"])}
         metrics = {
             "loss": sums["loss_sum"] / _total(batch),
             "loss_sum_by_source": sums["loss_sum_by_source"],

@@ -14,7 +14,7 @@ from packed_rows import packed_batch
 
 from configs.base import base
 from nmm_jax.models.moe import MoE
-from nmm_jax.models.routing import rebalanced
+from nmm_jax.models.router import rebalanced
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
 

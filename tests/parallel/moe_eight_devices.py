@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from nmm_jax import models
-from nmm_jax.models import moe, routing
+from nmm_jax.models import moe, router
 from nmm_jax.parallel.batches import to_global
 from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.training.checkpoints import Checkpoints
@@ -112,7 +112,7 @@ def test_no_choice_is_close(kind, monkeypatch):
     model, gaps = models.build(config), []
 
     def watched(spec, logits, modality, *rest):
-        options = jnp.where(routing.may_choose(spec, modality), logits, -jnp.inf)
+        options = jnp.where(router.may_choose(spec, modality), logits, -jnp.inf)
         best = jax.lax.top_k(options, spec.top_k + 1)[0]
         gap = jnp.where(modality >= 0, best[..., -2] - best[..., -1], jnp.inf).min()
         jax.debug.callback(lambda x: gaps.append(float(x)), gap)

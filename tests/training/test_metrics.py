@@ -45,6 +45,7 @@ def test_a_line_of_a_model_with_experts():
         "router_z_loss": np.float32(4.0),
         "expert_tokens": np.array([[[30, 30], [20, 20]], [[60, 0], [40, 0]]], np.int32),
         "dropped_tokens": np.array([0, 5], np.int32),
+        "load_imbalance": np.array([1.0, 2.0], np.float32),
         "router_entropy": np.array([[40.0, 20.0], [30.0, 10.0]], np.float32),
     }
     seen = metrics.Seen({"captions": 0, "text": 0}, dropped=2)

@@ -12,11 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from nmm_jax.models.spec import MoESpec
 
 MODALITIES = ("text", "image")
+
+# The choice, by checkpoint name: every policy of rematerialisation keeps it. Computed again, close scores may fall the
+# other way, and the backward pass would meet other rows than the forward pass had sorted.
+CHOICE = "moe_choice"
 
 Statistics = dict[str, Array]
 
@@ -47,9 +52,11 @@ def route(
     ranked = probabilities if bias is None else jnp.where(allowed, probabilities + bias, -jnp.inf)
     ranked = jax.lax.stop_gradient(ranked)
     experts = jnp.argmax(ranked, axis=-1)[..., None] if k == 1 else jax.lax.top_k(ranked, k)[1]
-    gates = jnp.take_along_axis(probabilities, experts, axis=-1)
-    if moe.renormalise:
-        gates = gates / gates.sum(-1, keepdims=True)
+    experts = checkpoint_name(experts, CHOICE)
+    if moe.renormalise:  # softmax over the chosen logits: their probabilities may all be 0 where a bias chose
+        gates = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+    else:
+        gates = jnp.take_along_axis(probabilities, experts, axis=-1)
 
     real = modality >= 0
     tokens = jnp.maximum(real.sum(), 1)
@@ -87,7 +94,7 @@ def may_choose(moe: MoESpec, modality: Int[Array, "B S"]) -> Bool[Array, "B S E"
     """Which experts are open to a token; padding counts as text here."""
     if moe.modality == "agnostic":
         return jnp.ones((*modality.shape, moe.experts), bool)
-    # Booleans: with int32 labels XLA's CPU compiler gave wrong masks at E = 8 (jaxlib 0.10.2).
+    # Of booleans: a select by two compared int32 labels is miscompiled on CPU at E = 8 (jaxlib 0.10.2).
     return (modality == 1)[..., None] == is_image_expert(moe)
 
 
@@ -104,13 +111,22 @@ def rebalanced(moe: MoESpec, bias: Float[Array, "L E"], expert_tokens: Int[Array
     Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", arXiv:2408.15664, algorithm 1.
     """
     load = expert_tokens.sum(1).astype(jnp.float32)
+    return bias + moe.bias_rate * jnp.sign(_group_mean(moe, load) - load)
+
+
+def load_imbalance(moe: MoESpec, expert_tokens: Int[Array, "L 2 E"]) -> Float[Array, "L"]:
+    """Tokens of the busiest expert over the mean of its group: 1 is even. 0 where there are no tokens."""
+    load = expert_tokens.sum(1).astype(jnp.float32)
+    return (load / jnp.maximum(_group_mean(moe, load), 1e-9)).max(1)
+
+
+def _group_mean(moe: MoESpec, load: Float[Array, "L E"]) -> Float[Array, "L E"]:
     same = _same_group(moe).astype(jnp.float32)
-    mean = load @ same / same.sum(0)
-    return bias + moe.bias_rate * jnp.sign(mean - load)
+    return load @ same / same.sum(0)
 
 
 def _same_group(moe: MoESpec) -> Bool[Array, "E E"]:
-    group = is_image_expert(moe) if moe.modality == "grouped" else jnp.zeros(moe.experts, bool)
+    group = is_image_expert(moe) if moe.modality != "agnostic" else jnp.zeros(moe.experts, bool)
     return group[:, None] == group
 
 
