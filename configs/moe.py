@@ -17,7 +17,7 @@ Shukor et al. 2025 (arXiv 2504.07951), section 4.4 and appendix A: experts in ev
 0.01 for the load-balancing loss, 2,500 steps of warm-up. The paper mentions no router z-loss; 0.001 is MM1's. All else
 is as in configs/early_fusion.py, its time too: FLOPs are those of the dense model. Hardware: what has 12 bytes for each
 parameter there is, over all devices, and room for buffers (docs/moe.md has the sums; `describe` does them for a mesh).
-Loss to expect of 8e: the paper's fit (Table 12) at 100 B positions; its data are not public, so compare differences only.
+Loss to expect of 8e: the paper's fit (Table 12) at 100 B positions; its data are not public, so compare differences.
 
     size        active*      in all (8e, 4+4, 64e)    loss
     275m         274.8M            1.20 B              2.92

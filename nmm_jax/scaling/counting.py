@@ -108,8 +108,8 @@ def memory(config: ConfigDict) -> dict[str, int]:
     """Bytes in all devices together while a step runs, by part; "activations" is an estimate.
 
     What the mesh holds several times over counts as often: everything over `replica`, all but the experts over
-    `expert`. (An axis of -1 counts as 1.) Activations are what layers keep for the backward pass of one microbatch under
-    the config's remat policy. Not in it: one layer's workspace, a chunk of logits, and parameters gathered for use.
+    `expert`. (An axis of -1 counts as 1.) Activations are what layers keep for the backward pass of one microbatch
+    under the config's remat policy. Not in it: one layer's workspace, a chunk of logits, parameters gathered for use.
     """
     spec, counts = Spec.from_config(config), count(config)
     replicas, expert_axis = max(config.mesh.replica, 1), max(config.mesh.expert, 1)
