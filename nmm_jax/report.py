@@ -89,6 +89,7 @@ def render(
         figures={
             "loss": figures.loss_curves(lines, run.config.data.sources, held_out, run.step),
             "optimization": figures.optimization(lines),
+            "experts": figures.experts(lines) if any("moe/load_imbalance" in line for line in lines) else "",
             "speed": figures.speed(lines),
             "questions": figures.question_accuracy(scores) if scores else "",
         },

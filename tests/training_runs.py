@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,22 +21,31 @@ def environment(devices=1):
 
 
 def start(*args, devices=1):
-    return subprocess.Popen(
-        args, cwd=ROOT, env=environment(devices), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    """A process; what it says goes to the file `said`, as a pipe that nobody reads stops its writer when it is full."""
+    said = tempfile.TemporaryFile("w+")
+    running = subprocess.Popen(args, cwd=ROOT, env=environment(devices), stderr=said, stdout=subprocess.DEVNULL)
+    running.said = said
+    return running
+
+
+def finish(running):
+    """Waits for it; returns what it said."""
+    running.wait()
+    running.said.seek(0)
+    return running.said.read()
 
 
 def train(corpus, workdir, *overrides, devices=1):
     """Runs to the end; returns what it said on stderr."""
     running = start(*command(corpus, workdir, *overrides), devices=devices)
-    _, said = running.communicate()
+    said = finish(running)
     assert running.returncode == 0, said[-4000:]
     return said
 
 
 def fails(corpus, workdir, *overrides):
     running = start(*command(corpus, workdir, *overrides))
-    _, said = running.communicate()
+    said = finish(running)
     assert running.returncode != 0, said[-4000:]
     return said
 

@@ -71,6 +71,24 @@ def optimization(lines: Lines) -> str:
         return to_svg(figure, "Learning rate and gradient norm")
 
 
+def experts(lines: Lines) -> str:
+    """How evenly experts are loaded, and how sure their routers are."""
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = _figure(8.6, 2.4, columns=2)
+        for axes, key, label, colour in (
+            (left, "moe/load_imbalance", "busiest expert / mean", COLOURS[4]),
+            (right, "moe/router_entropy", "router entropy (nats)", COLOURS[5]),
+        ):
+            steps, values = _series(lines, key)
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
+        left.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        _over_steps(left, right)
+        return to_svg(figure, "Experts: load and entropy")
+
+
 def speed(lines: Lines) -> str:
     """Positions a second, and the share of the time that was spent waiting for data."""
     with matplotlib.rc_context(STYLE):

@@ -30,9 +30,10 @@ class Progress:
         left = datetime.timedelta(seconds=round(elapsed / (step - self._start) * (self._steps - step)))
         sources = ", ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
         mfu = f"  mfu {line['speed/mfu']:.1%}" if "speed/mfu" in line else ""
+        dropped = f"  dropped {line['moe/dropped_tokens']:,}" if line.get("moe/dropped_tokens") else ""
         text = (
             f"step {step}/{self._steps} ({step / self._steps:.0%})  loss {line['loss']:.4f} ({sources})  "
-            f"{line['speed/tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"{line['speed/tokens_per_second']:,.0f} tokens/s{mfu}{dropped}  "
             f"data wait {line['time/data_wait'] / line['time/step']:.0%}  ETA {left}"
         )
         print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)

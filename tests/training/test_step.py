@@ -74,11 +74,41 @@ def test_accumulated_microbatches_are_the_whole_batch(whole, accumulation):
     """Rows have different numbers of targets, so a mean of microbatch means would not pass."""
     _, batch, _, _, after, metrics = whole
     *_, after_parts, of_parts = run_step(tiny_config(gradient_accumulation=accumulation), batch)
-    for name, value in metrics.items():
-        np.testing.assert_allclose(of_parts[name], value, rtol=2e-6, err_msg=name)
+    jax.tree.map(lambda part, value: np.testing.assert_allclose(part, value, rtol=2e-6), of_parts, metrics)
     # Adam's first moment is (1 - beta1) * gradient: the gradients themselves, before Adam divides by their size.
     for a, b in zip(jax.tree.leaves(after_parts["opt_state"]), jax.tree.leaves(after["opt_state"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(b).max(), 1e-9))
+
+
+def test_accumulated_microbatches_with_experts():
+    """What counts tokens adds up; routers' losses are the mean of the microbatches', each over its own tokens."""
+    kinds = dict(model__moe__experts=4, model__moe__balance_loss=0.0, model__moe__z_loss=0.0)
+    batch = fake_batch(tiny_config())
+    *_, after, metrics = run_step(tiny_config(**kinds), batch)
+    *_, after_parts, of_parts = run_step(tiny_config(gradient_accumulation=2, **kinds), batch)
+    router, router_parts = metrics["router"], of_parts["router"]
+    for name in ("expert_tokens", "dropped_tokens", "load_imbalance"):
+        np.testing.assert_array_equal(router_parts[name], router[name])
+    for name in ("router_entropy", "router_z_loss"):
+        np.testing.assert_allclose(router_parts[name], router[name], rtol=0.1 if name == "router_z_loss" else 2e-6)
+    assert router_parts["balance_loss"] >= 0.9 and of_parts["loss"] == pytest.approx(metrics["loss"], rel=2e-6)
+    for a, b in zip(jax.tree.leaves(after_parts["opt_state"]), jax.tree.leaves(after["opt_state"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(b).max(), 1e-9))
+
+
+def test_router_losses_reach_the_router_and_the_loss_stays_cross_entropy():
+    batch = fake_batch(tiny_config())
+    norms, losses = [], []
+    for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        config = tiny_config(
+            model__moe__experts=4, model__moe__balance_loss=weights[0], model__moe__z_loss=weights[1], seed=3
+        )
+        *_, after, metrics = run_step(config, batch)
+        router = after["opt_state"][1].mu["layers"]["ffn"]["router"]["kernel"]
+        norms.append(float(np.linalg.norm(router)))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[1] == losses[2]
+    assert norms[1] != norms[0] != norms[2]
 
 
 def test_z_loss_changes_gradients_but_not_the_loss(whole):
