@@ -181,7 +181,7 @@ MOSAIC = {9: 24, 10: 256}
 
 def _tokamax_rows(x, w, sizes, *, transposed):
     """[N,K] x [G,K,M] -> [N,M], or [N,M] -> [N,K] with the matrices transposed (by XLA: no kernel does it)."""
-    kernels = _import_tokamax()
+    kernels = import_tokamax()
     contracted, outer = (2, 1) if transposed else (1, 2)
     inner, outer, groups = w.shape[contracted], w.shape[outer], len(sizes)
     capability = _capability()
@@ -296,12 +296,7 @@ def _capability() -> float:
     return float(getattr(jax.extend.backend.get_default_device(), "compute_capability", 0))
 
 
-def require_tokamax() -> None:
-    """Raises ImportError, which says what to install, where tokamax is not."""
-    _import_tokamax()
-
-
-def _import_tokamax():
+def import_tokamax() -> SimpleNamespace:
     try:
         from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu, pallas_triton
     except ImportError as error:

@@ -177,7 +177,7 @@ def check_platform(moe: MoESpec | None, mesh: Mesh) -> None:
     if moe.transport == "ragged" and platform == "cpu" and axis_size > 1:
         raise ValueError("model.moe.transport = 'ragged': XLA has it on TPU and GPU; on CPU take 'padded' or 'auto'")
     if moe.grouped_matmul in ("auto", "tokamax") and platform in ("gpu", "cuda"):
-        grouped_kernels.require_tokamax()
+        grouped_kernels.import_tokamax()  # which says what to install
 
 
 def _here(x, experts, gates, num_experts, compute, capacity=None):

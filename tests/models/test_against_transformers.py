@@ -43,6 +43,19 @@ def randomize(torch, model):
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
+def text_batch(tokens):
+    """Rows of one causal text each, from tokens [B,S]."""
+    place = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return {
+        "tokens": tokens.astype(np.int32),
+        "segment_ids": np.ones_like(place),
+        "attend_until": place + 1,
+        "positions": place,
+        "image_index": np.full_like(place, -1),
+        "images": np.zeros((len(tokens), 1, 12, 12, 3), np.uint8),
+    }
+
+
 def our_params(weights, fresh, norms):
     """Foreign weights [out, in] in our tree; norms: our norm of a block -> theirs."""
 
@@ -96,16 +109,7 @@ def test_logits(library):
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, length))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    place = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    batch = {
-        "tokens": tokens.astype(np.int32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "attend_until": place + 1,
-        "positions": place,
-        "image_index": np.full((rows, length), -1, np.int32),
-        "images": np.zeros((rows, 1, 12, 12, 3), np.uint8),
-    }
-    hidden, _ = jax.jit(model.hidden)(params, batch)
+    hidden, _ = jax.jit(model.hidden)(params, text_batch(tokens))
     found = hidden @ model.unembedding(params)
     assert np.abs(expected).max() > 1  # logits worth comparing
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

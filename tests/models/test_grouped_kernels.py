@@ -235,7 +235,7 @@ def test_mosaic_is_never_given_columns_that_it_would_drop(gpu):
 @pytest.mark.parametrize(("kind", "capability"), [("NVIDIA H100 80GB HBM3", 9.0), ("NVIDIA B200", 10.0)])
 def test_the_faster_kernel_by_tokamax_own_timings(gpu, kind, capability):
     gpu(kind, str(capability))
-    tokamax = grouped_kernels._import_tokamax()
+    tokamax = grouped_kernels.import_tokamax()
 
     def timings(op):
         for key, data in op.get_autotuning_cache(kind).items():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_against_transformers import DEPTH, FFN, SHAPE, VOCAB, WIDTH, make_config, our_params, randomize
+from test_against_transformers import DEPTH, FFN, SHAPE, VOCAB, WIDTH, make_config, our_params, randomize, text_batch
 
 from nmm_jax.models import build
 
@@ -76,16 +76,7 @@ def test_logits_and_losses(library, top_k, renormalise):
         balance = np.mean([load_balancing_loss_func((x,), EXPERTS, top_k) / top_k for x in out.router_logits])
         z = np.mean([torch.logsumexp(x, -1).square().mean() for x in out.router_logits])
     expected = out.logits.numpy()
-    place = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    batch = {
-        "tokens": tokens.astype(np.int32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "attend_until": place + 1,
-        "positions": place,
-        "image_index": np.full((rows, length), -1, np.int32),
-        "images": np.zeros((rows, 1, 12, 12, 3), np.uint8),
-    }
-    hidden, aux = jax.jit(model.hidden)(params, batch)
+    hidden, aux = jax.jit(model.hidden)(params, text_batch(tokens))
     found = hidden @ model.unembedding(params)
     assert np.abs(expected).max() > 1  # logits worth comparing
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

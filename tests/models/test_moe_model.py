@@ -80,19 +80,16 @@ def assert_equal_but_for_rounding(found, expected):
 
 
 @pytest.mark.parametrize(
-    "moe",
+    "moe, remat",
     [
-        dict(every=1, top_k=2, renormalise=True),
-        dict(every=2, top_k=3, renormalise=True),
-        dict(every=4, top_k=2, renormalise=True, modality="grouped", image_experts=2),
-        dict(every=2, modality="fixed", experts=2),
+        (dict(every=1, top_k=2, renormalise=True), "none"),
+        (dict(every=4, top_k=2, renormalise=True, modality="grouped", image_experts=2), "none"),
+        (dict(every=2, modality="fixed", experts=2), "none"),
+        *((dict(every=2, top_k=3, renormalise=True), remat) for remat in ("none", "full", "minimal")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("remat", ["none", "full", "minimal"])
 def test_equal_experts_are_the_dense_model(batch, moe, remat):
-    if remat != "none" and moe["every"] != 2:
-        pytest.skip("once is enough")
     c = model_config(**dict(experts=EXPERTS) | moe)
     c.model.remat = remat
     model, dense_model = build(c), build(model_config())
