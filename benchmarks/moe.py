@@ -34,7 +34,7 @@ from flax import nnx
 
 from configs.base import base
 from nmm_jax.models import grouped_matmul
-from nmm_jax.models.layers import SwiGLU
+from nmm_jax.models.layers import FeedForward
 from nmm_jax.models.moe import MoE
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
@@ -146,7 +146,7 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
     x32, dy32 = (r.normal(size=(1, tokens, d)).astype(np.float32) for _ in range(2))
     x, dy = (jnp.asarray(a, dtype) for a in (x32, dy32))
     needed = 18.0 * tokens * d * f
-    apply, params = module_of(lambda: SwiGLU(spec_of(0, dtype), 0, rngs=nnx.Rngs(params=0)))
+    apply, params = module_of(lambda: FeedForward(spec_of(0, dtype), 0, rngs=nnx.Rngs(params=0)))
     made = [Case("dense SwiGLU", 0, forward_and_backward(apply, params, x, dy)[0], needed, needed)]
     modality, imbalance = jnp.zeros((1, tokens), jnp.int32), {}
     for n, experts in enumerate(sorted(int(e) for e in _EXPERTS.value)):

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from nmm_jax.models.spec import Spec
+from nmm_jax.models.spec import StackSpec
 
 Role = Literal["embedding", "inner", "residual", "head"]
 
 
 def initialize(
-    spec: Spec, key: Key[Array, ""], shape: tuple[int, ...], *, role: Role, fan_in: int, layer: Array | int = 0
+    spec: StackSpec, key: Key[Array, ""], shape: tuple[int, ...], *, role: Role, fan_in: int, layer: Array | int = 0
 ) -> Float[Array, "..."]:
     """A float32 weight of `shape`.
 

@@ -7,12 +7,15 @@ layers are stacked on their first axis:
     layers/attention/{query,key,value,out,...}, layers/ffn/{gate,up,down}, layers/*_norm/scale   final_norm/scale [D]
     head/kernel [D,V] (absent when embeddings are tied)
 
-With experts a layer has ffn/router/kernel [D,E], ffn/experts/{gate,up [E,D,F], down [E,F,D]} and perhaps ffn/shared; if
-only every n-th layer has, layers/block_0/... to layers/block_<n-1>/... are stacked apart, and the last is the one.
+Late fusion has vision/... (models/vision.py) and connector/... (models/connectors.py) in the place of patches; deep
+fusion has layers/image/... beside the text's weights, under the same names. With experts a layer has
+ffn/router/kernel [D,E], ffn/experts/{gate,up [E,D,F], down [E,F,D]} and perhaps ffn/shared; where layers differ, only
+every n-th having experts, layers/block_0/... to layers/block_<n-1>/... are stacked apart.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from nmm_jax.models.early_fusion import Cache, EarlyFusion
+from nmm_jax.models.deep_fusion import with_copies
+from nmm_jax.models.multimodal import Cache, Multimodal
 from nmm_jax.models.router import Statistics, rebalanced
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
@@ -33,7 +37,10 @@ ROUTER_LOSSES = ("balance_loss", "router_z_loss")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """Static: holds no arrays, compares by identity, may be closed over by a jitted function."""
+    """Static: holds no arrays, compares by identity, may be closed over by a jitted function.
+
+    What a family's network is asked for is added by its own class: LanguageModel below, those of encoders beside them.
+    """
 
     config: ConfigDict
     spec: Spec
@@ -41,10 +48,39 @@ class Model:
     abstract: Params  # of jax.ShapeDtypeStruct, float32
     logical_axes: Params  # the same tree; each leaf is the tuple of its axes' names
 
+    Network: ClassVar[Callable[..., nnx.Module]]  # (spec, rngs=) -> the module
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Self:
+        """The model a config describes, without allocating any of it."""
+        spec = Spec.from_config(config)
+        network = nnx.eval_shape(lambda: cls.Network(spec, rngs=nnx.Rngs(params=0)))
+        definition, state = nnx.split(network, nnx.Param)  # an error if there is state besides the parameters
+        abstract = nnx.to_pure_dict(state)
+        axes = jax.tree.map(
+            lambda param: param.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        return cls(config, spec, definition, abstract, nnx.to_pure_dict(axes))
+
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters. Jit it with out_shardings to create every shard in its place."""
-        _, state = nnx.split(EarlyFusion(self.spec, rngs=nnx.Rngs(params=key)), nnx.Param)
-        return nnx.to_pure_dict(state)
+        _, state = nnx.split(self.Network(self.spec, rngs=nnx.Rngs(params=key)), nnx.Param)
+        params = nnx.to_pure_dict(state)
+        return with_copies(params) if self.spec.deep and self.spec.deep.copied else params
+
+    def network(self, params: Params) -> Any:
+        """The module, with these parameters."""
+        return nnx.merge(self.definition, params)
+
+    def after_update(self, params: Params) -> Params:
+        """The parameters after an optimizer's step, put back to where they may be."""
+        return params
+
+
+class LanguageModel(Model):
+    """Early, late and deep fusion: predicts text after text and images."""
+
+    Network = Multimodal
 
     def hidden(
         self, params: Params, batch: dict[str, Array], *, constrain: Constrain = ON_ONE_DEVICE
@@ -58,9 +94,10 @@ class Model:
         Returns:
           x, and of the L layers with experts: balance_loss and router_z_loss [] (means over layers), expert_tokens
           int32 [L,2,E] ((token, choice) pairs of text and of images that chose each expert), dropped_tokens int32 [L]
-          (those that found no room in a bounded buffer), router_entropy [L,2] (sums over tokens, nats).
+          (those that found no room in a bounded buffer), router_entropy [L,2] (sums over tokens, nats). In late fusion
+          vision_slots int32 []: image slots that the vision tower went through.
         """
-        x, _, statistics = self._network(params)(batch, constrain)
+        x, _, statistics = self.network(params)(batch, constrain)
         losses = {k: v.mean() for k, v in statistics.items() if k in ROUTER_LOSSES}
         return x, statistics | losses
 
@@ -92,7 +129,7 @@ class Model:
           Hidden states, and a cache of {"key", "value": [L,B,S,G,K], "rotary_offset": [B]}; the last is what a row's
           rotary positions lag behind its places (nothing, unless the patches of an image share one).
         """
-        hidden, (keys, values), _ = self._network(params)(batch, constrain, keep_cache=True)
+        hidden, (keys, values), _ = self.network(params)(batch, constrain, keep_cache=True)
         last = jnp.maximum((batch["segment_ids"] == 1).sum(1) - 1, 0)
         rotary = jnp.take_along_axis(batch["positions"], last[:, None], axis=1)[:, 0]
         return hidden, {"key": keys, "value": values, "rotary_offset": rotary - last}
@@ -107,19 +144,4 @@ class Model:
         constrain: Constrain = ON_ONE_DEVICE,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Hidden states after one more text token a row, at place `position` of it (from 0), and the renewed cache."""
-        return self._network(params).decode(token, position, cache, constrain)
-
-    def _network(self, params: Params) -> EarlyFusion:
-        return nnx.merge(self.definition, params)
-
-
-def build(config: ConfigDict) -> Model:
-    """The model a config describes, without allocating any of it."""
-    spec = Spec.from_config(config)
-    network = nnx.eval_shape(lambda: EarlyFusion(spec, rngs=nnx.Rngs(params=0)))
-    definition, state = nnx.split(network, nnx.Param)  # an error if there is state besides the parameters
-    abstract = nnx.to_pure_dict(state)
-    axes = jax.tree.map(
-        lambda param: param.get_metadata("logical"), state, is_leaf=lambda node: isinstance(node, nnx.Variable)
-    )
-    return Model(config, spec, definition, abstract, nnx.to_pure_dict(axes))
+        return self.network(params).decode(token, position, cache, constrain)

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int
 from nmm_jax.models import grouped_kernels
 from nmm_jax.models.dispatch import from_groups, sort_by_group, to_groups
 from nmm_jax.models.grouped_matmul import grouped_matmul
-from nmm_jax.models.layers import SwiGLU, weight
+from nmm_jax.models.layers import FeedForward, weight
 from nmm_jax.models.router import Choice, Statistics, route, route_by_modality
-from nmm_jax.models.spec import MoESpec, Spec
+from nmm_jax.models.spec import MoESpec, StackSpec
 from nmm_jax.parallel import exchange
 from nmm_jax.parallel.mesh import BATCH_AXES
 from nmm_jax.parallel.sharding import Constrain, spec
@@ -40,7 +40,7 @@ Weights = tuple[Array, ...]  # gate, up, down
 class Router(nnx.Module):
     """Scores of all experts, in float32: rounding would flip choices."""
 
-    def __init__(self, model: Spec, moe: MoESpec, *, rngs: nnx.Rngs):
+    def __init__(self, model: StackSpec, moe: MoESpec, *, rngs: nnx.Rngs):
         axes = {"embed": model.width, "router": moe.experts}
         self.kernel = weight(model, rngs, axes, role="inner", inputs=model.width)
         if moe.balance == "bias":
@@ -56,7 +56,7 @@ class Experts(nnx.Module):
 
     AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
 
-    def __init__(self, model: Spec, moe: MoESpec, layer: Array | int, *, rngs: nnx.Rngs):
+    def __init__(self, model: StackSpec, moe: MoESpec, layer: Array | int, *, rngs: nnx.Rngs):
         e, d, f = moe.experts, model.width, moe.width
         self.gate = weight(model, rngs, {"expert": e, "embed": d, "mlp": f}, role="inner", inputs=d)
         self.up = weight(model, rngs, {"expert": e, "embed": d, "mlp": f}, role="inner", inputs=d)
@@ -69,14 +69,14 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """A feed-forward layer of experts."""
 
-    def __init__(self, model: Spec, layer: Array | int, *, rngs: nnx.Rngs):
+    def __init__(self, model: StackSpec, layer: Array | int, *, rngs: nnx.Rngs):
         assert model.moe
         self.moe = model.moe
         if self.moe.modality != "fixed":
             self.router = Router(model, self.moe, rngs=rngs)
         self.experts = Experts(model, self.moe, layer, rngs=rngs)
         if self.moe.shared:
-            self.shared = SwiGLU(model, layer, rngs=rngs, width=self.moe.shared * self.moe.width)
+            self.shared = FeedForward(model, layer, rngs=rngs, width=self.moe.shared * self.moe.width)
 
     def __call__(
         self, x: Float[Array, "B S D"], modality: Int[Array, "B S"], constrain: Constrain
@@ -111,7 +111,7 @@ def apply_experts(
         return local(x, *choice, weights, axis_size=1)
 
     def body(x: Array, experts: Array, gates: Array, *shards: Array) -> tuple[Array, Array]:
-        whole = [_gather(w, axes.index("embed"), mesh) for w, axes in zip(shards, Experts.AXES, strict=True)]
+        whole = [gather_shards(w, axes.index("embed"), mesh) for w, axes in zip(shards, Experts.AXES, strict=True)]
         y, dropped = local(x, experts, gates, tuple(whole), axis_size=mesh.shape["expert"])
         return y[None], jax.lax.psum(dropped, BATCH_AXES)
 
@@ -228,7 +228,7 @@ def _combine(found: Float[Array, "T k D"], gates: Float[Array, "T k"]) -> Float[
     return (found.astype(jnp.float32) * gates[..., None]).sum(1).astype(found.dtype)
 
 
-def _gather(w: Float[Array, "E ..."], dimension: int, mesh: Mesh) -> Float[Array, "E ..."]:
+def gather_shards(w: Float[Array, "E ..."], dimension: int, mesh: Mesh) -> Float[Array, "E ..."]:
     """The whole of a weight that is cut over fsdp along `dimension`, 1 or 2.
 
     Its gradient has to be a reduce-scatter. Of a tiled gather, XLA's TPU compiler (libtpu 0.0.42) makes an all-reduce

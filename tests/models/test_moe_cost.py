@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from nmm_jax.models import grouped_matmul
-from nmm_jax.models.layers import SwiGLU
+from nmm_jax.models.layers import FeedForward
 from nmm_jax.models.moe import MoE
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
@@ -67,7 +67,7 @@ def trips_of(sizes):
 
 
 def test_the_dense_layer_is_counted_exactly():
-    module = lambda: SwiGLU(spec_of(0), 0, rngs=nnx.Rngs(0))  # noqa: E731
+    module = lambda: FeedForward(spec_of(0), 0, rngs=nnx.Rngs(0))  # noqa: E731
     assert flops(compiled_gradient(module)) == DENSE
 
 
