@@ -324,4 +324,5 @@ class Spec(StackSpec):
             delimiter_weights=model.delimiter_weights,
             vision=vision,
             connector=connector,
+            aim=AIMSpec.from_config(config),
         )
