@@ -15,12 +15,13 @@ The argument is a name and, after a comma, the steps:
 **CogVLM.** The tower is EVA2-CLIP-E without its last layer, norms behind the sublayers and no final one; the adapter a
 linear layer, LayerNorm, GELU and SwiGLU; two learned vectors stand around an image. In every layer query, key, value,
 output and feed-forward weights of images begin as copies of the text's (norms are shared); boi meets the images'
-weights, eoi the text's. All patches of an image have one rotary position, and all attention is causal. Trained are those
-weights, the adapter and the two vectors: 6.476 + 0.143 = 6.619 B parameters; language model and tower are frozen.
+weights, eoi the text's. All patches of an image have one rotary position, and all attention is causal. Trained are
+those weights, the adapter and the two vectors: 6.476 + 0.143 = 6.619 B parameters; language model and tower are frozen.
 
 Stage 1: 120,000 steps, warm-up 12,000, peak 1e-4, a cosine (here to 0: the paper does not say), decay 0.05 of the rate,
 224 pixels, resized without a crop. Its 8,192 pairs a batch are here 1,152 rows of up to 7 pairs. `cogvlm-17b,size=490`
-is like the end of stage 2: 490 pixels, 30,000 steps at 1e-5, its 1,024 pairs in 352 rows of up to 3. CogVLM2's recipe is not published: it has stage 1's, of up to 3 images a row of 8,192.
+is like the end of stage 2: 490 pixels, 30,000 steps at 1e-5, its 1,024 pairs in 352 rows of up to 3. CogVLM2's recipe
+is not published: it has stage 1's, with up to 3 images in a row of 8,192.
 
     name           parameters    trained*    tower     adapter    visual expert
     cogvlm-17b        17.64 B     6.62 B     4.4 B     142.6M          6.476 B

@@ -144,12 +144,28 @@ def _is_valid(config: ConfigDict | None) -> bool:
     return True
 
 
+ENCODERS = ("contrastive", "aim", "aimv2")  # families of pairs of an image and a text
+
 _CHOICES = {
     "data.caption_order": ("image_first", "text_first", "random"),
     "data.image_attention": ("bidirectional", "causal"),
     "data.image_rotary": ("sequential", "shared"),
+    "data.rows": ("packed", "pairs"),
     "data.worker_kind": ("threads", "processes"),
-    "model.family": ("early_fusion",),
+    "model.family": ("early_fusion", "late_fusion", "contrastive", "aim", "aimv2"),
+    "model.ffn": ("swiglu", "gelu", "gelu_tanh", "quick_gelu"),
+    "model.delimiter_weights": ("text", "boi_image", "image"),
+    "model.deep.initial": ("random", "copy"),
+    "model.vision.ffn": ("swiglu", "gelu", "gelu_tanh", "quick_gelu"),
+    "model.vision.norm": ("rmsnorm", "layernorm"),
+    "model.vision.norm_position": ("pre", "post"),
+    "model.vision.qk_norm": ("none", "full", "head"),
+    "model.vision.positions": ("learned", "sincos"),
+    "model.vision.embedding_norm": ("none", "before_positions", "after_positions"),
+    "model.connector.kind": ("linear", "mlp", "average", "attention", "c_abstractor", "glu"),
+    "model.contrastive.loss": ("softmax", "sigmoid"),
+    "model.contrastive.pooling": ("class", "mean", "attention"),
+    "model.contrastive.text_attention": ("causal", "bidirectional"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.norm_position": ("pre", "post"),
     "model.qk_norm": ("none", "full", "head"),
@@ -169,14 +185,21 @@ _CHOICES = {
 _AT_LEAST = {
     "steps": 1, "batch_rows": 1, "row_length": 2, "gradient_accumulation": 1,
     "data.window": 1, "data.workers": 0, "data.prefetch": 1,
-    "image.size": 1, "image.patch": 1, "image.positions": 1, "image.per_row": 0,
+    "image.size": 1, "image.patch": 1, "image.positions": 0, "image.per_row": 0,
     "model.vocab_size": 7, "model.width": 1, "model.depth": 1, "model.heads": 1, "model.kv_heads": 0,
-    "model.head_dim": 0, "model.ffn_width": 0, "model.vocab_chunks": 0,
+    "model.head_dim": 0, "model.ffn_width": 0, "model.vocab_chunks": 0, "model.rope_theta": 0.0,
+    "model.deep.every": 1,
+    "model.vision.width": 1, "model.vision.depth": 1, "model.vision.heads": 1, "model.vision.ffn_width": 0,
+    "model.connector.width": 0, "model.connector.depth": 0, "model.connector.heads": 0,
+    "model.connector.downsample": 1,
+    "model.contrastive.width": 1, "model.contrastive.max_scale": 0.0,
+    "model.aim.head_width": 1, "model.aim.head_depth": 1, "model.aim.pixel_weight": 0.0,
     "model.moe.experts": 0, "model.moe.top_k": 1, "model.moe.every": 1, "model.moe.shared": 0,
     "model.moe.granularity": 1, "model.moe.image_experts": 0,
     "model.moe.balance_loss": 0.0, "model.moe.z_loss": 0.0, "model.moe.bias_rate": 0.0,
     "model.moe.buffer_factor": 0.0,
     "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.0, "optimizer.z_loss": 0.0,
+    "optimizer.vision_scale": 0.0,
     "schedule.warmup": 0, "schedule.cooldown": 0, "schedule.final_ratio": 0.0,
     "trunk.step": -1, "checkpoint.every": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 0,
     "evaluation.rows": 1, "evaluation.batch_rows": 1, "evaluation.questions": 1,
@@ -202,6 +225,20 @@ def validate(config: ConfigDict) -> None:
     _validate_data(config)
     _validate_image(config)
     _validate_model(config)
+    if config.model.family != "early_fusion":
+        _validate_tower(config)
+    if config.model.family in ENCODERS:
+        _validate_encoder(config)
+    else:
+        _require(
+            config.data.rows == "packed",
+            f"data.rows = {config.data.rows!r} is for encoders (model.family = {', '.join(ENCODERS)}); "
+            f"{config.model.family!r} takes 'packed'",
+        )
+    if config.model.family == "late_fusion":
+        _validate_connector(config)
+    if config.model.deep.modules:
+        _validate_deep(config)
     if config.model.moe.experts:
         _validate_experts(config)
     _validate_training(config)
@@ -239,6 +276,10 @@ def _validate_image(config: ConfigDict) -> None:
             image.positions == patches,
             f"image.positions = {image.positions}; in early fusion it is (image.size / image.patch)^2 = {patches}",
         )
+    _require(
+        image.positions > 0 or config.data.rows == "pairs",
+        "image.positions = 0; an image in a row has at least one position (0 is for data.rows = 'pairs')",
+    )
     span = image.positions + 2 * config.data.image_delimiters
     _require(
         span <= config.row_length,
@@ -264,7 +305,24 @@ def _validate_model(config: ConfigDict) -> None:
             f"model.width = {model.width} is no multiple of model.heads = {model.heads}; set model.head_dim",
         )
     head_dim = model.head_dim or model.width // model.heads
-    _require(head_dim % 2 == 0, f"the head dimension is {head_dim}; rotary positions need an even one (model.head_dim)")
+    _require(
+        head_dim % 2 == 0 or not model.rope_theta,
+        f"the head dimension is {head_dim}; rotary positions need an even one (model.head_dim)",
+    )
+    _require(
+        not 0 < model.rope_theta <= 1,
+        f"model.rope_theta = {model.rope_theta}; it is more than 1, or 0 for no rotary positions",
+    )
+    delimiters = config.data.image_delimiters
+    _require(
+        delimiters or not model.delimiter_vectors,
+        "model.delimiter_vectors are of the boi and eoi positions around an image; turn data.image_delimiters on",
+    )
+    _require(
+        delimiters or model.delimiter_weights == "text",
+        f"model.delimiter_weights = {model.delimiter_weights!r} is about the boi and eoi positions around an image; "
+        "turn data.image_delimiters on",
+    )
     if model.kv_heads:
         _require(
             model.heads % model.kv_heads == 0,
@@ -272,8 +330,137 @@ def _validate_model(config: ConfigDict) -> None:
         )
 
 
+def _validate_tower(config: ConfigDict) -> None:
+    model, vision = config.model, config.model.vision
+    _require(
+        vision.width % vision.heads == 0,
+        f"model.vision.width = {vision.width} is no multiple of model.vision.heads = {vision.heads}",
+    )
+    _require(
+        vision.positions == "learned" or vision.width % 4 == 0,
+        f"model.vision.width = {vision.width}; model.vision.positions = 'sincos' needs a multiple of 4",
+    )
+    _require(
+        -vision.depth <= vision.feature_layer <= -1,
+        f"model.vision.feature_layer = {vision.feature_layer}; counted from the end it is from -1 (the last) to "
+        f"-{vision.depth} (the first)",
+    )
+    _require(
+        not model.patch_positions,
+        f"model.patch_positions is of early fusion; a vision tower (model.family = {model.family!r}) has its own "
+        "positions, so leave it off",
+    )
+
+
+def _validate_encoder(config: ConfigDict) -> None:
+    family, data, image = config.model.family, config.data, config.image
+    _require(
+        data.rows == "pairs" and not image.positions and image.per_row == 1 and not data.image_delimiters,
+        f"model.family = {family!r} takes pairs of an image and a text: data.rows = 'pairs', image.positions = 0, "
+        f"image.per_row = 1 and data.image_delimiters off, not {data.rows!r}, {image.positions}, {image.per_row} and "
+        f"{data.image_delimiters}",
+    )
+    _require(
+        not config.model.deep.modules and not config.model.moe.experts,
+        f"model.family = {family!r} has text alone in its decoder: leave model.deep.modules and model.moe.experts out",
+    )
+    vision = config.model.vision
+    _require(
+        vision.feature_layer == -1,
+        f"model.vision.feature_layer = {vision.feature_layer}; an encoder is trained with all of its layers: -1",
+    )
+    if family == "contrastive":
+        pooling = config.model.contrastive.pooling
+        _require(
+            pooling != "class" or vision.class_token,
+            "model.contrastive.pooling = 'class' takes the class token's features; turn model.vision.class_token on, "
+            "or pool by 'mean' or 'attention'",
+        )
+        scale, most = config.model.contrastive.scale, config.model.contrastive.max_scale
+        _require(
+            scale > 0 and (not most or 1 <= scale <= most),
+            f"model.contrastive.scale = {scale} and max_scale = {most}; the scale begins positive and, where it is "
+            "clamped (max_scale > 0), from 1 to max_scale",
+        )
+        _require(
+            config.gradient_accumulation == 1,
+            f"gradient_accumulation = {config.gradient_accumulation}; with model.family = 'contrastive' it is 1: the "
+            "negatives of a pair are all the others of the global batch, not of a microbatch",
+        )
+    else:
+        _require(
+            not vision.class_token,
+            f"model.family = {family!r} predicts patch after patch and has no place for a class token; turn "
+            "model.vision.class_token off",
+        )
+
+
+def _validate_connector(config: ConfigDict) -> None:
+    image, connector = config.image, config.model.connector
+    kind, side = connector.kind, image.size // image.patch
+    _require(
+        connector.downsample == 1 or kind == "glu",
+        f"model.connector.downsample = {connector.downsample} is of kind 'glu' alone; make it 1 for {kind!r}",
+    )
+    _require(
+        side % connector.downsample == 0,
+        f"model.connector.downsample = {connector.downsample} does not divide the {side} patches along an image's edge "
+        "(image.size / image.patch)",
+    )
+    if kind in ("linear", "mlp", "glu"):
+        positions = (side // connector.downsample) ** 2
+        _require(
+            image.positions == positions,
+            f"image.positions = {image.positions}; a connector of kind {kind!r} makes {positions} of {side} x {side} "
+            "patches. 'average', 'attention' and 'c_abstractor' make as many as are asked for",
+        )
+    if kind in ("average", "c_abstractor"):
+        _require(
+            math.isqrt(image.positions) ** 2 == image.positions and image.positions <= side**2,
+            f"image.positions = {image.positions}; a connector of kind {kind!r} makes a square number of the {side} x "
+            f"{side} patches, such as {max(side // 2, 1) ** 2}",
+        )
+    width, heads = connector.width or config.model.vision.width, connector.heads or config.model.vision.heads
+    _require(
+        kind != "attention" or width % heads == 0,
+        f"model.connector.width = {width} is no multiple of model.connector.heads = {heads} (0 is the vision tower's)",
+    )
+
+
+DEEP_MODULES = ("qkv", "out", "ffn", "norms")
+
+
+def _validate_deep(config: ConfigDict) -> None:
+    model, deep, moe = config.model, config.model.deep, config.model.moe
+    for name in deep.modules:
+        near = difflib.get_close_matches(name, DEEP_MODULES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        _require(name in DEEP_MODULES, f"model.deep.modules: {name!r} is none of {', '.join(DEEP_MODULES)}{hint}")
+    _require(len(set(deep.modules)) == len(deep.modules), f"model.deep.modules = {deep.modules!r} names one twice")
+    _require(
+        model.depth % deep.every == 0,
+        f"model.depth = {model.depth} is no multiple of model.deep.every = {deep.every}; the last layer must be one",
+    )
+    _require(
+        "qkv" in deep.modules or not deep.qkv_bias,
+        f"model.deep.qkv_bias is of the images' own qkv; add it to model.deep.modules = {deep.modules!r}",
+    )
+    if moe.experts and "ffn" in deep.modules:
+        together = [i for i in range(model.depth) if (i + 1) % deep.every == 0 and (i + 1) % moe.every == 0]
+        _require(
+            not together,
+            "model.deep.modules names 'ffn' in layers that have experts (model.moe.every): take it out, and give "
+            "images experts of their own by model.moe.modality = 'grouped' or 'fixed'",
+        )
+
+
 def _validate_experts(config: ConfigDict) -> None:
     model, moe = config.model, config.model.moe
+    _require(
+        model.ffn == "swiglu" and not model.bias,
+        f"model.moe.experts = {moe.experts}: experts are SwiGLU without biases; model.ffn must be 'swiglu' and "
+        f"model.bias off, not {model.ffn!r} and {model.bias}",
+    )
     _require(
         model.depth % moe.every == 0,
         f"model.depth = {model.depth} is no multiple of model.moe.every = {moe.every}; the last layer must have some",

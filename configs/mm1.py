@@ -16,8 +16,8 @@ The argument is a size and, after commas, steps and choices:
 McKinzie et al. 2024 (arXiv 2403.09611): CLIP's ViT-H/14 at 378 pixels, a C-Abstractor to 144 positions, at most 16
 images in a row of 4,096; 45/45/10; 512 rows a step, 200,000 steps, 2,000 of warm-up and a cosine to a tenth; learning
 rate exp(-0.4214 ln N - 0.5535), N the dense decoder's parameters without embeddings, weight decay a tenth of it. Its
-language models were trained on text before. Mixtures have 64 experts in every 2nd layer, or 32 in every 4th; two experts
-a token, gates renormalised; load-balancing loss 0.01, router z-loss 0.001; "64 B" and "47 B" in all.
+language models were trained on text before. Mixtures have 64 experts in every 2nd layer, or 32 in every 4th; two
+experts a token, gates renormalised; load-balancing loss 0.01, router z-loss 0.001; "64 B" and "47 B" in all.
 
 The paper gives no widths and depths. These are chosen to meet its totals, with head dimensions of 128 and 8 key-value
 heads (parameters of the language model):
