@@ -4,6 +4,7 @@
 
 held_out    loss on the held_out split of every source, and the same with images shuffled between documents
 questions   accuracy on data.root/questions, by kind; skipped with a note where there are none
+in_context  loss on held-out captions with and without an earlier picture and caption in the row
 
 The result is printed and written to RUN/evaluation/<step>.json (docs/evaluation.md has its keys). The run's config
 says where the data is (--data_root, where it is now); the model is restored over all devices there are.
@@ -17,15 +18,16 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
 from data_pipelines import store
+from data_pipelines.geometry import Geometry
 from data_pipelines.plan import Plan, ensure_plans
 from data_pipelines.stream import Stream
 from data_pipelines.tokenizer import Tokenizer
-from nmm_jax.evaluation import questions, results
-from nmm_jax.evaluation.held_out import held_out_loss, make_row_sums
+from nmm_jax.evaluation import in_context, questions, results
+from nmm_jax.evaluation.held_out import RowSums, held_out_loss, make_row_sums
 from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.training.checkpoints import Run
 
-TASKS = ("held_out", "questions")
+TASKS = ("held_out", "questions", "in_context")
 
 
 def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) -> results.Results:
@@ -38,8 +40,9 @@ def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) ->
     if unknown:
         raise ValueError(f"--tasks: there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     found: results.Results = {"step": run.step, "notes": []}
+    row_sums = make_row_sums(run)
     if "held_out" in tasks:
-        found |= evaluate_held_out(run, rows)
+        found |= evaluate_held_out(run, row_sums, rows)
     if "questions" in tasks:
         folder = pathlib.Path(run.config.data.root) / questions.FOLDER
         if (folder / store.CARD).exists():
@@ -48,14 +51,17 @@ def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) ->
             found["questions"] = questions.score_all(questions.ask(run, tokenizer, asked))
         else:
             found["notes"].append(f"no questions: there is no dataset {folder}")
+    if "in_context" in tasks:
+        gains, why_not = evaluate_in_context(run, tokenizer, row_sums, rows)
+        found |= {"in_context": gains} if gains else {}
+        found["notes"] += [f"no in_context: {why_not}"] if why_not else []
     return found
 
 
-def evaluate_held_out(run: Run, rows: int) -> results.Results:
+def evaluate_held_out(run: Run, row_sums: RowSums, rows: int) -> results.Results:
     """Losses of all sources; shuffled_images and image_gain of those whose images can be shuffled."""
     _require_held_out(run)
     plans = held_out_plans(run)
-    row_sums = make_row_sums(run)
     losses: results.Results = {"held_out": {}, "shuffled_images": {}, "image_gain": {}}
     for source in run.config.data.sources:
         found = held_out_loss(run, row_sums, source, Stream.held_out(run.config, source), plans[source], rows)
@@ -70,6 +76,23 @@ def evaluate_held_out(run: Run, rows: int) -> results.Results:
             losses["shuffled_images"][source] = {"loss": shuffled.value, "standard_error": shuffled.standard_error}
             losses["image_gain"][source] = {"drop": drop.value, "standard_error": drop.standard_error}
     return losses
+
+
+def evaluate_in_context(
+    run: Run, tokenizer: Tokenizer, row_sums: RowSums, captions: int
+) -> tuple[results.Results, str]:
+    """Losses and gains of the sources that have captions, over at most so many of each; or why there are none."""
+    _require_held_out(run)
+    longest = in_context.room(Geometry.from_config(run.config))
+    if run.config.data.caption_order == "text_first" or longest < 1:
+        return {}, "captions come before their images" if longest > 0 else "a row has no room for two captions"
+    gains = {}
+    for source in run.config.data.sources:
+        dataset = store.Dataset.open(pathlib.Path(run.config.data.root) / source, store.HELD_OUT)
+        chosen = in_context.select(dataset, tokenizer, longest, captions)
+        if len(chosen) >= in_context.LEAST:
+            gains[source] = in_context.measure(run, tokenizer, row_sums, chosen, source).to_json()
+    return gains, "" if gains else "no source has held-out documents of one image and one text"
 
 
 def held_out_plans(run: Run) -> dict[str, Plan]:

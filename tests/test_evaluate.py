@@ -116,6 +116,8 @@ def test_the_command_in_a_new_process(workdir, found):
     again = json.loads(output.read_text())
     assert again == json.loads((workdir / "evaluation" / "5.json").read_text())
     assert again["questions"] == found["questions"]
+    assert set(again["in_context"]) == {"captions"} and "captions in context" in done.stdout
+    assert again["in_context"]["captions"]["captions"] > 3
     for source in SOURCES:
         assert again["held_out"][source]["loss"] == pytest.approx(found["held_out"][source]["loss"], rel=1e-6)
 

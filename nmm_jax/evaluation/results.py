@@ -34,6 +34,18 @@ def table(results: Results) -> str:
                 f"  {kind:28}{accuracy:>15}{100 * score['base']:>8.1f}{100 * score['gain']:>+8.1f}"
                 f"{seen:>8}{unseen:>10}{score['count']:>7}"
             )
+    if "in_context" in results:
+        lines += [
+            "",
+            f"{'captions in context (nats)':30}{'alone':>15}{'gain of a pair':>18}{'of its text':>15}"
+            f"{'with other image':>18}{'n':>7}",
+        ]
+        for source, arms in results["in_context"].items():
+            pair, text, other = (
+                _pm(arms[arm]["gain"], arms[arm]["gain_error"], 4) for arm in ("pair", "text", "other_image")
+            )
+            alone = _pm(arms["alone"]["loss"], arms["alone"]["standard_error"], 4)
+            lines.append(f"  {source:28}{alone:>15}{pair:>18}{text:>15}{other:>18}{arms['captions']:>7}")
     return "\n".join(lines + [f"\nnote: {note}" for note in results["notes"]])
 
 
