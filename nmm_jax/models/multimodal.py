@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nmm_jax.models.attention import attention, masked_attention
-from nmm_jax.models.connectors import Connector
+from nmm_jax.models.connectors import make_connector
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks
 from nmm_jax.models.deep_fusion import ByModality, delimiters, modalities
 from nmm_jax.models.image_slots import map_filled
@@ -54,7 +54,7 @@ class Multimodal(nnx.Module):
         self.embed = TokenEmbedding(spec, rngs=rngs)
         if spec.vision and spec.connector:
             self.vision = VisionTower(spec.vision, rngs=rngs)
-            self.connector = Connector(spec.connector, rngs=rngs)
+            self.connector = make_connector(spec.connector, rngs=rngs)
         else:
             self.patches = PatchEmbedding(spec, rngs=rngs, positions=spec.patch_positions)
         if spec.delimiter_vectors:
@@ -75,7 +75,8 @@ class Multimodal(nnx.Module):
         """
         spec = self.spec
         modality = modalities(spec, batch)
-        by_modality = ByModality(modality, constrain) if spec.deep else None
+        has_images = batch["images"].shape[1] > 0
+        by_modality = ByModality(modality, constrain) if spec.deep and has_images else None
         rotary = self.rotary(batch["positions"])
 
         def attend(q, k, v):

@@ -15,6 +15,7 @@ def packed_batch(rows, length, patches, slots, size, vocab, seed=0, sources=3):
     batch["loss_mask"] = np.zeros((rows, length), np.float32)
     batch["image_index"] = np.full((rows, length), -1, np.int32)
     batch["images"] = r.integers(0, 256, (rows, slots, size, size, 3)).astype(np.uint8)
+    batch["image_mask"] = np.zeros((rows, slots), bool)
     batch["source"] = r.integers(0, sources, (rows, length)).astype(np.int8)
     batch["attend_until"][:] = np.arange(length) + 1
     for b in range(rows):
@@ -31,6 +32,7 @@ def packed_batch(rows, length, patches, slots, size, vocab, seed=0, sources=3):
                 batch["attend_until"][b, span] = place + patches
                 batch["image_index"][b, span] = slot * patches + np.arange(patches)
                 batch["loss_mask"][b, place : place + patches - 1] = 0
+                batch["image_mask"][b, slot] = True
                 slot += 1
             start, segment = stop, segment + 1
     return batch

@@ -44,6 +44,9 @@ CHOICES = [
     dict(),
     dict(kv_heads=2, norm="layernorm", norm_position="post", qk_norm="head", tie_embeddings=True),
     dict(head_dim=16, qk_norm="none", patch_positions=False, init="open_lm"),
+    dict(deep=dict(modules=("qkv", "out", "ffn", "norms"))),
+    dict(deep=dict(modules=("ffn",), every=2), norm_position="post", bias=False, ffn="gelu", rope_theta=0.0),
+    dict(family="late_fusion", connector=dict(kind="mlp"), vision=dict(width=16, depth=2, heads=2)),
 ]
 
 
@@ -135,15 +138,17 @@ def test_pixels_are_normalised():
     model, params = make(c)
     batch = packed_batch(1, LENGTH, PATCHES, slots=3, size=12, vocab=VOCAB)
     grey = {**batch, "images": np.full_like(batch["images"], 128)}
-    network = model._network(params)
+    network = model.network(params)
     place = int(np.flatnonzero(batch["image_index"][0] >= 0)[0])
     pixel = (128 / 255 - np.array(c.image.mean)) / np.array(c.image.std)
     expected = np.tile(pixel, 16) @ np.asarray(params["patches"]["kernel"]) + params["patches"]["bias"]
-    found = network.inputs(jax.tree.map(jnp.asarray, grey), lambda x, _: x)[0, place]
+    found = network.inputs(jax.tree.map(jnp.asarray, grey), lambda x, _: x)[0][0, place]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("choice", "shared_rotary"), list(zip(CHOICES, (False, True, False), strict=True)))
+@pytest.mark.parametrize(
+    ("choice", "shared_rotary"), list(zip(CHOICES, (False, True, False, True, False, False), strict=True))
+)
 def test_generation_equals_the_full_forward_pass(choice, shared_rotary):
     model, params = make(config(**choice))
     whole = packed_batch(2, LENGTH, PATCHES, slots=1, size=12, vocab=VOCAB, seed=5)

@@ -1,0 +1,36 @@
+"""The vision tower runs on filled slots, and on less than a part of the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nmm_jax.models.image_slots import PARTS, map_filled
+from nmm_jax.parallel.sharding import Constrain
+
+
+def encode(images, w):
+    return jnp.tanh(images.reshape(*images.shape[:2], -1).astype(jnp.float32) / 255 @ w)
+
+
+@pytest.mark.parametrize(("rows", "slots", "share"), [(4, 4, 0.5), (3, 5, 0.3), (2, 1, 1.0), (8, 8, 0.0), (5, 3, 0.9)])
+def test_filled_slots_get_their_own_images_and_gradients(rows, slots, share):
+    r = np.random.default_rng(rows)
+    images = r.integers(0, 256, (rows, slots, 4, 6, 3)).astype(np.uint8)
+    mask = r.random((rows, slots)) < share
+    w = r.normal(size=(18, 7)).astype(np.float32)
+    weights = r.normal(size=(rows, slots, 4, 7)).astype(np.float32) * mask[:, :, None, None]
+
+    def parts(w):
+        found, computed = map_filled(lambda x: encode(x, w), images, jnp.asarray(mask), Constrain())
+        return (found * weights).sum(), (found, computed)
+
+    def whole(w):
+        return (encode(images.reshape(-1, 4, 6, 3), w).reshape(rows, slots, 4, 7) * weights).sum()
+
+    (_, (found, computed)), gradient = jax.jit(jax.value_and_grad(parts, has_aux=True))(w)
+    expected = encode(images.reshape(-1, 4, 6, 3), w).reshape(rows, slots, 4, 7)
+    np.testing.assert_allclose(np.asarray(found)[mask], np.asarray(expected)[mask], rtol=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(whole)(w), rtol=1e-5, atol=1e-5)
+    part = -(-rows * slots // PARTS)
+    assert mask.sum() <= int(computed) < mask.sum() + part
