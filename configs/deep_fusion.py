@@ -23,9 +23,11 @@ Stage 1: 120,000 steps, warm-up 12,000, peak 1e-4, a cosine (here to 0: the pape
 is like the end of stage 2: 490 pixels, 30,000 steps at 1e-5, its 1,024 pairs in 352 rows of up to 3. CogVLM2's recipe
 is not published: it has stage 1's, with up to 3 images in a row of 8,192.
 
-    name           parameters    trained*    tower     adapter    visual expert
-    cogvlm-17b        17.64 B     6.62 B     4.4 B     142.6M          6.476 B
-    * computed by `describe`
+    name          parameters    trained     tower    adapter    visual expert   FLOPs a position*
+    cogvlm-17b       17.64 B     6.62 B    4.28 B     142.6M          6.476 B             39.3 G
+    cogvlm2-19b      19.50 B     7.18 B    4.30 B     196.4M          6.980 B             69.5 G
+    mot-SIZE: the dense model's, and its layers' once more; FLOPs are the dense model's
+    * of training, half of the positions being images; all computed by `describe`
 
 Hardware: TPU slices or GPU clusters. Time and loss: nobody has made these runs yet.
 

@@ -16,10 +16,24 @@ run's folder is then named as the beginning of another's tower, --config.start.v
 What differs from the papers: text towers have rotary positions in the place of learned ones; the heads and the
 feed-forward width of AIMv2's decoder, which the paper does not state, are 8 and 2,816; AIM's norms have no biases.
 
-Hardware: TPU slices and clusters of GPUs. Nobody has made these runs yet; `describe` counts their FLOPs.
+Hardware: TPU slices and clusters of GPUs. Nobody has made these runs yet. Parameters
+and FLOPs of training, of pairs with full rows, are computed by `describe`:
 
-    name           tower: width x depth, heads   patch, pixels   parameters   of them tower
-PARAMETERS
+    name            width x depth   heads   patch   pixels    of the tower        in all   FLOPs a pair    the run
+    clip-b              768 x 12      12      16      224          85.8 M       149.6 M          123 G     1.6e21
+    clip-l             1024 x 24      16      14      224         303.2 M       427.6 M          526 G     6.7e21
+    clip-h             1280 x 32      16      14      224         630.8 M       986.0 M        1,144 G     3.7e22
+    siglip-b            768 x 12      12      16      224          85.8 M       203.7 M          139 G     1.2e21
+    siglip-l           1024 x 24      16      16      256         303.4 M       653.1 M          604 G     5.4e21
+    siglip-so400m      1152 x 27      16      14      224         412.4 M       878.7 M          820 G     7.4e21
+    aim-0.6b           1536 x 24      12      14      224         680.5 M     1,087.5 M        1,699 G     3.5e21
+    aim-1b             2048 x 24      16      14      224       1,209.3 M     1,617.3 M        2,522 G     1.2e22
+    aim-3b             3072 x 24      24      14      224       2,719.9 M     3,130.0 M        4,865 G     2.4e22
+    aim-7b             4096 x 32      32      14      224       6,445.1 M     6,857.4 M       10,630 G     5.2e22
+    aimv2-l            1024 x 24       8      14      224         309.2 M       530.6 M          827 G     1.0e22
+    aimv2-h            1536 x 24      12      14      224         680.9 M       902.7 M        1,408 G     1.7e22
+    aimv2-1b           2048 x 24      16      14      224       1,235.0 M     1,457.4 M        2,269 G     2.8e22
+    aimv2-3b           3072 x 24      24      14      224       2,720.7 M     2,944.1 M        4,572 G     5.6e22
 
 `small` encoders are for 2 CPU cores and the captions that configs/small.py is about, with towers of the same size that
 configs/late_fusion.py:small,encoder=KIND and configs/mm1.py:small take.

@@ -18,13 +18,13 @@ Hardware: TPU slices and clusters of GPUs. Time: chip-days for the default 50,00
 (nobody has made these runs yet), as in configs/early_fusion.py. Loss to expect: level with early fusion at equal FLOPs,
 by the paper's frontiers (29.923 C^-0.0494 against 29.574 C^-0.0492); its data are not public, so compare differences.
 
-    size     text width   vision width   parameters*   text + vision         learning rate
-    289m            768            384        289.8M    247.3M +  42.5M       1.5e-3
-    493m           1024            512        493.4M    411.6M +  81.8M       1.5e-3
-    1b             1536            768       1004.3M    834.4M + 169.9M       5e-4
-    1.75b          2048           1024       1748.0M   1439.7M + 308.3M       4.2e-4
-    2.43b          2464           1184       2430.5M   2012.2M + 418.3M       3.8e-4
-    3.7b           3072           1536       3707.2M   3027.8M + 679.5M       3.3e-4
+    size     text width   vision width   parameters*   text + vision       learning rate   FLOPs a position   chip-days
+    289m            768            384        289.8M    247.3M +  42.5M           1.5e-3             1.51 G          10
+    493m           1024            512        493.4M    411.6M +  81.8M           1.5e-3             2.58 G          17
+    1b             1536            768       1004.3M    834.4M + 169.9M           5e-4               5.32 G          35
+    1.75b          2048           1024       1748.0M   1439.7M + 308.3M           4.2e-4             9.30 G          61
+    2.43b          2464           1184       2430.5M   2012.2M + 418.3M           3.8e-4            13.02 G          86
+    3.7b           3072           1536       3707.2M   3027.8M + 679.5M           3.3e-4            19.83 G         131
     * as the paper counts: matrices of both stacks and both embedding matrices
 
 Two more are for 2 CPU cores, with the tower's rate that of the decoder. `quickstart` is configs/quickstart.py with a

@@ -1,18 +1,46 @@
-"""Parameters, FLOPs and memory of a config, by arithmetic: no array is made and nothing is compiled.
+"""Parameters, FLOPs and memory of a config: no array is made and nothing is compiled.
 
-FLOPs are those that the mathematics needs: two for each multiply-add of a matrix product, three times the forward
-pass for training, attention over the keys that the mask lets through, nothing for norms and activations, nothing for
-what rematerialisation computes again. (XLA's own analysis does not multiply loop bodies.)
+Parameters are those of the model's abstract tree, by their names. FLOPs are those that the mathematics needs: two for
+each multiply-add of a matrix product, forwards, backwards to the weights that are trained, and backwards to the inputs
+as far down as something is trained; attention over the keys that the mask lets through; nothing for norms and
+activations, nothing for what rematerialisation computes again, nothing for empty image slots. (XLA's own analysis does
+not multiply loop bodies.)
 """
 
 import dataclasses
 import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from nmm_jax.models.spec import MoESpec, Spec
+from nmm_jax.models import build, connectors
+from nmm_jax.models.spec import MoESpec, Spec, StackSpec
+from nmm_jax.training.freezing import frozen_names
 
 FLOAT32 = 4  # bytes
+
+PARTS = (
+    "token_embedding", "patch_embedding", "vision_tower", "connector", "delimiters", "attention", "ffn", "experts",
+    "routers", "visual_expert", "norms", "head",
+)  # fmt: skip
+
+
+class Work(NamedTuple):
+    """What grows with each position of a row, each (query, key) pair of its attention, and each image."""
+
+    token: float = 0.0
+    pair: float = 0.0
+    image: float = 0.0
+
+    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+        return Work(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+    def of(self, tokens: float, pairs: float, images: float) -> float:
+        return self.token * tokens + self.pair * pairs + self.image * images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,82 +48,91 @@ class Counts:
     """What a model is made of.
 
     Attributes:
-      parts: parameters by part of the network; they sum to `parameters`.
+      parts: parameters by part of the network, of PARTS and of what an encoder has besides; they sum to `parameters`.
+      trainable_parts: those of them that `optimizer.freeze` leaves.
       active_parameters: those that one position meets; all of them in a dense model.
-      paper_parameters: N as Shukor et al. (arXiv 2504.07951) count it: the decoder's matrices and both embedding
-        matrices, of experts those that one position meets, without routers. (Tied embeddings are one matrix and count
-        once.)
-      paper_total: the same with all experts; what the paper calls a mixture's total.
-      product_parameters: those that are multiplied with a position: of the decoder, its routers and the unembedding.
-      patch_parameters: those that are multiplied with every patch.
-      flops_per_pair: forward FLOPs of one query seeing one key, in all heads and layers.
+      paper_text, paper_vision: N and N_v as Shukor et al. (arXiv 2504.07951) count them: the decoder's matrices and
+        both embedding matrices, of experts and of modalities' weights those that one position meets, without routers;
+        and the matrices of the vision tower's layers. (Tied embeddings are one matrix and count once.)
+      paper_total: their sum with all experts and all modalities' weights; what the paper calls a mixture's total.
+      forward, training: FLOPs.
+      image_flops: those of forward that an image costs outside of the decoder, by part.
     """
 
     parts: dict[str, int]
+    trainable_parts: dict[str, int]
     active_parameters: int
-    paper_parameters: int
+    paper_text: int
+    paper_vision: int
     paper_total: int
-    product_parameters: int
-    patch_parameters: int
-    flops_per_pair: int
+    forward: Work
+    training: Work
+    image_flops: dict[str, float]
 
     @property
     def parameters(self) -> int:
         return sum(self.parts.values())
 
-    def forward_flops(self, tokens: float, pairs: float, patches: float) -> float:
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(self.trainable_parts.values())
+
+    @property
+    def paper_parameters(self) -> int:
+        return self.paper_text + self.paper_vision
+
+    def forward_flops(self, tokens: float, pairs: float, images: float) -> float:
         """FLOPs of a forward pass.
 
         Args:
-          tokens: positions, of text and of images, without padding.
-          pairs: (query, key) pairs that attention needs (`attended_pairs`).
-          patches: image positions among the tokens.
+          tokens: positions of rows, of text and of images, without padding.
+          pairs: (query, key) pairs that their attention needs (`attended_pairs`).
+          images: that are filled in.
         """
-        return 2 * self.product_parameters * tokens + self.flops_per_pair * pairs + 2 * self.patch_parameters * patches
+        return self.forward.of(tokens, pairs, images)
 
-    def training_flops(self, tokens: float, pairs: float, patches: float) -> float:
-        """FLOPs of forward and backward pass; pixels need no gradient, so patches count twice, all else three times."""
-        return 3 * self.forward_flops(tokens, pairs, patches) - 2 * self.patch_parameters * patches
+    def training_flops(self, tokens: float, pairs: float, images: float) -> float:
+        """FLOPs of forward and backward pass."""
+        return self.training.of(tokens, pairs, images)
 
 
 def count(config: ConfigDict) -> Counts:
-    """Counts the model of a config."""
-    spec = Spec.from_config(config)
-    d, layers = spec.width, spec.depth
-    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    qk_scales = {"none": 0, "full": query_width + key_width, "head": 2 * spec.head_dim}[spec.qk_norm]
-    embedding = spec.vocab_size * d
-    head = 0 if spec.tie_embeddings else embedding
-    patch_kernel = 3 * spec.patch**2 * d
-    attention = layers * 2 * d * (query_width + key_width)
-    with_experts = layers // spec.period if spec.moe else 0
-    ffn = (layers - with_experts) * 3 * d * spec.ffn_width
-    experts = active_experts = router = router_bias = 0
+    """Counts the model of a config.
+
+    Raises:
+      ValueError: a pattern of optimizer.freeze matches nothing.
+    """
+    model = build(config)
+    spec = model.spec
+    sizes = {name: math.prod(x.shape) for name, x in flatten_dict(model.abstract, sep="/").items()}
+    frozen = frozen_names(sizes, config.optimizer.freeze)
+    parts, trainable = (Counter({name: 0 for name in PARTS}) for _ in range(2))
+    for name, size in sizes.items():
+        parts[_part(name)] += size
+        trainable[_part(name)] += size * (name not in frozen)
+    experts, apart = parts["experts"], parts["visual_expert"]
+    active = sum(parts.values()) - apart
+    unused = 0
     if spec.moe:
-        moe = spec.moe
-        one = with_experts * 3 * d * moe.width
-        ffn += moe.shared * one
-        experts, active_experts = moe.experts * one, moe.top_k * one
-        router = 0 if moe.modality == "fixed" else with_experts * d * moe.experts
-        router_bias = with_experts * moe.experts if router and moe.balance == "bias" else 0
-    parts = {
-        "token_embedding": embedding,
-        "patch_embedding": patch_kernel + d + spec.patch_positions * d,
-        "attention": attention,
-        "ffn": ffn,
-        "experts": experts,
-        "routers": router + router_bias,
-        "norms": layers * (2 * d + qk_scales) + d,
-        "head": head,
-    }
+        unused = experts - experts * spec.moe.top_k // spec.moe.experts
+        active -= unused
+
+    matrices = {name: size for name, size in sizes.items() if _is_matrix(name)}
+    tower = sum(size for name, size in matrices.items() if name.startswith("vision/layers/"))
+    everything = sum(size for name, size in matrices.items() if name.startswith("layers/") and "/router/" not in name)
+    both = sum(size for name, size in matrices.items() if _is_image(name))
+    embeddings = parts["token_embedding"] + parts["head"]
+    forward, training, by_part = _flops(spec, matrices, set(sizes), frozen, config.batch_rows)
     return Counts(
-        parts=parts,
-        active_parameters=sum(parts.values()) - experts + active_experts,
-        paper_parameters=attention + ffn + active_experts + embedding + head,
-        paper_total=attention + ffn + experts + embedding + head,
-        product_parameters=attention + ffn + active_experts + router + embedding,  # the unembedding, tied or not
-        patch_parameters=patch_kernel,
-        flops_per_pair=layers * 2 * 2 * query_width,  # q k and weights v
+        parts=dict(parts),
+        trainable_parts=dict(trainable),
+        active_parameters=active,
+        paper_text=everything - both - unused + embeddings,
+        paper_vision=tower,
+        paper_total=everything + embeddings + tower,
+        forward=forward,
+        training=training,
+        image_flops=by_part,
     )
 
 
@@ -104,29 +141,152 @@ def causal_keys(row_length: int) -> float:
     return (row_length + 1) / 2
 
 
+def _part(name: str) -> str:
+    """Which part of the network a parameter is of: one of PARTS, or its own first name."""
+    first, *rest = name.split("/")
+    if first != "layers":
+        whole = {"embed": "token_embedding", "patches": "patch_embedding", "vision": "vision_tower"}
+        return whole.get(first, "norms" if first == "final_norm" else first)
+    if "image" in rest:
+        return "visual_expert"
+    for inner, part in (("experts", "experts"), ("router", "routers")):
+        if inner in rest:
+            return part
+    if any(each.endswith("norm") for each in rest):
+        return "norms"
+    return "attention" if "attention" in rest else "ffn"
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether a parameter is multiplied with rows: no norm, bias, position or vector."""
+    return re.search(r"norm|bias|positions|class_token|delimiters|queries|probe|contrastive/scale", name) is None
+
+
+def _is_image(name: str) -> bool:
+    return name.startswith("layers/") and "/image/" in name
+
+
+# Bottom to top; gradients flow down to the lowest stage that has something to train.
+_PIXELS, _TOWER, _BRIDGE, _INPUTS, _DECODER, _TOP = range(6)
+
+
+def _stage(name: str) -> int:
+    if name.startswith("vision/"):
+        return _TOWER if name.startswith(("vision/layers", "vision/final_norm")) else _PIXELS
+    stages = {"connector": _BRIDGE, "projection": _BRIDGE, "pooling": _BRIDGE, "layers": _DECODER}
+    stages |= {"embed": _INPUTS, "patches": _INPUTS, "delimiters": _INPUTS}
+    return stages.get(name.split("/")[0], _TOP)
+
+
+def _flops(
+    spec: Spec, matrices: dict[str, int], names: set[str], frozen: set[str], batch_rows: int
+) -> tuple[Work, Work, dict[str, float]]:
+    """FLOPs of the forward pass and of training, and of the former those of an image outside of the decoder."""
+    trained = {_stage(name) for name in names - frozen}
+    forward, training, by_part = Work(), Work(), Counter[str]()
+
+    def flows(stage: int) -> bool:
+        """Whether gradients flow through a stage to its inputs; nothing is below pixels and tokens."""
+        lowest = _INPUTS if spec.family == "contrastive" and stage >= _DECODER else _PIXELS
+        return stage not in (_PIXELS, _INPUTS) and any(lowest <= each <= stage for each in trained)
+
+    def add(work: Work, stage: int, part: str, gradients: int) -> None:
+        nonlocal forward, training
+        forward = forward.plus(work)
+        training = training.plus(work, 1 + gradients)
+        if stage <= _INPUTS or part not in PARTS:
+            by_part[part] += work.image
+
+    rows = _rows(spec, names)
+    for name, size in matrices.items():
+        stage, part = _TOP if name.startswith("embed/") else _stage(name), _part(name)  # multiplied if it is tied
+        if part != "connector":
+            work = Work().plus(rows(name), 2 * size)
+            add(work, stage, part, (name not in frozen) + flows(stage))
+    if spec.connector:
+        trains = any(name.startswith("connector/") for name in names - frozen)
+        add(Work(image=connectors.flops(spec.connector)), _BRIDGE, "connector", trains + flows(_BRIDGE))
+    if spec.vision:
+        pairs = spec.vision.layers_used * spec.vision.tokens**2
+        add(Work(image=pairs * _flops_of_pair(spec.vision)), _TOWER, "vision_tower", 2 * flows(_TOWER))
+    if spec.contrastive:  # similarities with all texts of the batch
+        add(Work(image=2 * batch_rows * spec.contrastive.width), _TOP, "contrastive", 2 * flows(_TOP))
+    if any(name.startswith("layers/") for name in names):
+        pairs = Work(pair=1)
+        if spec.family == "aimv2":  # patches come before the text of their row, which sees them
+            p = spec.vision.patches
+            pairs = Work(token=p, pair=1, image=p * (p + 1) / 2)
+        add(Work().plus(pairs, spec.depth * _flops_of_pair(spec)), _DECODER, "attention", 2 * flows(_DECODER))
+    return forward, training, dict(by_part)
+
+
+def _flops_of_pair(spec: StackSpec) -> int:
+    """Of one query seeing one key, in all heads of a layer, forward: q k and weights v."""
+    return 2 * 2 * spec.heads * spec.head_dim
+
+
+def _rows(spec: Spec, names: set[str]) -> Callable[[str], Work]:
+    """The function from a matrix's name to the rows that it is multiplied with."""
+    vision = spec.vision
+    patches = vision.patches if vision else spec.image_positions
+    of_image = spec.image_positions  # positions that meet the images' weights
+    if spec.image_delimiters:
+        of_image += {"text": 0, "boi_image": 1, "image": 2}[spec.delimiter_weights]
+
+    def rows(name: str) -> Work:
+        first, *rest = name.split("/")
+        if first == "vision" and vision:
+            if rest[0] == "layers":
+                return Work(image=vision.tokens * vision.layers_used / vision.depth)
+            return Work(image=vision.patches)
+        if first == "layers":
+            if "image" in rest:
+                return Work(image=of_image)
+            if "experts" in rest and spec.moe:
+                return Work(token=spec.moe.top_k / spec.moe.experts)
+            before = patches if spec.family == "aimv2" else 0  # in the decoder, before the text
+            own = "/image/".join(re.match(r"(layers(?:/block_\d+)?)/(.*)", name).groups())  # type: ignore[union-attr]
+            return Work(token=1, image=before - of_image * (own in names))
+        if first == "embed":
+            return Work(token=spec.tie_embeddings)
+        if first == "head":
+            return Work(token=1)
+        if first == "pooling":  # a probe looks at all patches
+            return Work(image=patches if rest[-1] in ("key", "value") else 1)
+        if first == "contrastive":
+            return Work(image=1)
+        return Work(image=patches)  # patch embedding; what predicts pixels
+
+    return rows
+
+
 def memory(config: ConfigDict) -> dict[str, int]:
     """Bytes in all devices together while a step runs, by part; "activations" is an estimate.
 
     What the mesh holds several times over counts as often: everything over `replica`, all but the experts over
-    `expert`. (An axis of -1 counts as 1.) Activations are what layers keep for the backward pass of one microbatch
-    under the config's remat policy. Not in it: one layer's workspace, a chunk of logits, parameters gathered for use.
+    `expert`. (An axis of -1 counts as 1.) Frozen parameters have neither gradients nor optimizer state. Activations are
+    what layers keep for the backward pass of one microbatch under the config's remat policy, the vision tower's of all
+    image slots. Not in it: one layer's workspace, a chunk of logits, parameters gathered for use.
     """
     spec, counts = Spec.from_config(config), count(config)
     replicas, expert_axis = max(config.mesh.replica, 1), max(config.mesh.expert, 1)
-    experts = counts.parts["experts"]
-    n = replicas * (experts + (counts.parameters - experts) * expert_axis)
-    tokens = math.ceil(config.batch_rows / config.gradient_accumulation) * config.row_length
-    element = {"float32": 4, "bfloat16": 2}[spec.dtype]
-    with_experts = spec.depth // spec.period if spec.moe else 0
-    kept = (spec.depth - with_experts) * _kept(spec, spec.ffn_width, 0)
-    if spec.moe:
-        rows, travelled = buffer_rows(spec.moe, expert_axis)
-        kept += with_experts * _kept(spec, (rows + spec.moe.shared) * spec.moe.width, travelled)
+
+    def held(parts: dict[str, int]) -> int:
+        return replicas * (parts["experts"] + (sum(parts.values()) - parts["experts"]) * expert_axis)
+
+    rows = math.ceil(config.batch_rows / config.gradient_accumulation)
+    kept = rows * config.row_length * _kept_by_decoder(spec, expert_axis) if counts.parts["attention"] else 0
+    if spec.vision:
+        images, tokens = rows * config.image.per_row, spec.vision.tokens
+        if spec.family == "aimv2":
+            kept += images * tokens * _kept_by_decoder(spec, expert_axis)
+        if counts.trainable_parts["vision_tower"]:
+            kept += images * tokens * spec.vision.layers_used * _kept(spec.vision, spec.vision.ffn_width, 0)
     return {
-        "parameters": FLOAT32 * n,
-        "optimizer": 2 * FLOAT32 * n,  # Adam's two moments
-        "gradients": FLOAT32 * n,
-        "activations": int(tokens * kept * element),
+        "parameters": FLOAT32 * held(counts.parts),
+        "optimizer": 2 * FLOAT32 * held(counts.trainable_parts),  # Adam's two moments
+        "gradients": FLOAT32 * held(counts.trainable_parts),
+        "activations": int(kept * {"float32": 4, "bfloat16": 2}[spec.dtype]),
     }
 
 
@@ -142,11 +302,22 @@ def buffer_rows(moe: MoESpec, expert_axis: int) -> tuple[float, float]:
     return received, received + moe.top_k
 
 
-def _kept(spec: Spec, ffn_width: float, travelled: float) -> float:
+def _kept_by_decoder(spec: Spec, expert_axis: int) -> float:
+    """Values that all layers together keep of a position."""
+    with_experts = spec.depth // spec.moe.every if spec.moe else 0
+    kept = (spec.depth - with_experts) * _kept(spec, spec.ffn_width, 0)
+    if spec.moe:
+        rows, travelled = buffer_rows(spec.moe, expert_axis)
+        kept += with_experts * _kept(spec, (rows + spec.moe.shared) * spec.moe.width, travelled)
+    return kept
+
+
+def _kept(spec: StackSpec, ffn_width: float, travelled: float) -> float:
     """Values that a layer keeps of a position; `travelled` of its rows are buffers of an exchange."""
     d = spec.width
     query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    named = 2 * query_width + 2 * key_width + 2 * ffn_width + travelled * d  # what models.decoder.KEPT names
+    inner = 2 * ffn_width if spec.ffn == "swiglu" else ffn_width
+    named = 2 * query_width + 2 * key_width + inner + travelled * d  # what models.decoder.KEPT names
     return {
         "full": d,
         "exchanges": d + travelled * d,
