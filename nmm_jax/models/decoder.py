@@ -238,7 +238,7 @@ def stack_blocks(spec: StackSpec, *, rngs: nnx.Rngs) -> Block | Period:
 
 def run_blocks(
     spec: StackSpec,
-    blocks: Block | Period,
+    blocks: nnx.Module,
     x: Float[Array, "B S D"],
     apply: Callable[..., tuple[Array, Any, Statistics]],
     per_layer: Any = None,
@@ -247,6 +247,7 @@ def run_blocks(
     """x through all layers.
 
     Args:
+      blocks: stacked, as stack_blocks makes them; a Period where layers are of several kinds.
       apply: (block, x, per_layer's slice) -> (x, kept, statistics), for one layer.
       per_layer: arrays with a leading axis of layers, such as a cache; or None.
       periods: only so many, from the first.

@@ -2,13 +2,13 @@
 
     positions    BOS boi p0 p1 p2 eoi  a  dog           (CogVLM: boi goes with the patches, eoi with the text)
     modality      0   1   1  1  1  0   0   0
-    sorted       [BOS eoi a dog] [boi p0 p1 p2]         two groups of the one dispatch (models/dispatch.py)
-    products      x @ text's     x @ images'            put back in place; attention is over all positions together
+    sorted       [boi p0 p1 p2] [BOS eoi a dog]         two groups of the one dispatch (models/dispatch.py)
+    products      x @ images'    x @ text's             put back in place; attention is over all positions together
 
 Which products and norms differ is chosen (`model.deep.modules`): query, key and value, attention's output and the
 feed-forward layer is CogVLM's visual expert (Wang et al., arXiv 2311.03079), these and the norms is
 Mixture-of-Transformers (Liang et al., arXiv 2411.04996). Tokens are sorted once for all layers, on the device that has
-them.
+them. Where the text's weights are frozen, only the images' rows are multiplied for weight gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,7 +31,8 @@ from nmm_jax.parallel.sharding import Constrain
 
 TEXT, IMAGE, PADDING = 0, 1, -1
 
-Product = Callable[[Array, Array], Array]  # (rows [C,D], the two groups' matrices [2,D,M]) -> [C,M]
+Pair = tuple[Array, Array]  # of matrices: the text's, the images'
+Product = Callable[[Array, Pair], Array]  # (rows [C,D], matrices [D,M]) -> [C,M]
 
 
 def modalities(model: Spec, batch: dict[str, Array]) -> Int[Array, "B S"]:
@@ -70,36 +72,34 @@ class ByModality:
         sort = _sort
         if constrain.mesh is not None and constrain.mesh.size > 1:
             sort = jax.shard_map(_sort, mesh=constrain.mesh, in_specs=_ROWS, out_specs=_ORDER, check_vma=False)
-        self.order = sort(jnp.where(modality == PADDING, 2, modality))
+        self.order = sort(jnp.where(modality == PADDING, 2, jnp.where(modality == IMAGE, 0, 1)))
 
     def select(self, text: Float[Array, "... D"], image: Float[Array, "... D"]) -> Float[Array, "B S D"]:
         """Each position its modality's."""
         return jnp.where(self.is_image, image, text)
 
-    def products(
-        self, x: Float[Array, "B S D"], weights: Sequence[tuple[Array, ...]]
-    ) -> tuple[Float[Array, "B S M"], ...]:
+    def products(self, x: Float[Array, "B S D"], weights: Sequence[Pair]) -> tuple[Float[Array, "B S M"], ...]:
         """x with each of several pairs (text's, images') of matrices [D, M], D cut over fsdp and M over tensor."""
 
-        def compute(rows: Array, product: Product, *matrices: Array) -> tuple[Array, ...]:
+        def compute(rows: Array, product: Product, *matrices: Pair) -> tuple[Array, ...]:
             return tuple(product(rows, w) for w in matrices)
 
         return self._apply(compute, x, None, weights, [_IN] * len(weights), [False] * len(weights))
 
-    def residual_product(self, x: Float[Array, "B S M"], weights: tuple[Array, Array]) -> Float[Array, "B S D"]:
+    def residual_product(self, x: Float[Array, "B S M"], weights: Pair) -> Float[Array, "B S D"]:
         """x, its last axis cut over tensor, with a pair of matrices [M, D], M cut over tensor and D over fsdp."""
 
-        def compute(rows: Array, product: Product, matrix: Array) -> tuple[Array, ...]:
+        def compute(rows: Array, product: Product, matrix: Pair) -> tuple[Array, ...]:
             return (product(rows, matrix),)
 
         return self._apply(compute, x, "tensor", [weights], [_OUT], [True])[0]
 
     def feed_forward(
-        self, x: Float[Array, "B S D"], weights: Sequence[tuple[Array, ...]], activation: Callable[[Array], Array]
+        self, x: Float[Array, "B S D"], weights: Sequence[Pair], activation: Callable[[Array], Array]
     ) -> Float[Array, "B S D"]:
         """A feed-forward layer with the pairs of gate (of SwiGLU only), up and down."""
 
-        def compute(rows: Array, product: Product, *matrices: Array) -> tuple[Array, ...]:
+        def compute(rows: Array, product: Product, *matrices: Pair) -> tuple[Array, ...]:
             *gate, up, down = matrices
             inner = checkpoint_name(product(rows, up), "ffn_up")
             if gate:
@@ -115,37 +115,38 @@ class ByModality:
         compute: Callable[..., tuple[Array, ...]],
         x: Float[Array, "B S D"],
         x_axis: str | None,
-        weights: Sequence[tuple[Array, ...]],
+        weights: Sequence[Pair],
         axes: Sequence[PartitionSpec],
         partial_sums: Sequence[bool],
     ) -> tuple[Float[Array, "B S M"], ...]:
         """Rows of x, sorted, through `compute` and put back; 0 at padding.
 
         Args:
-          compute: (rows [C,D], product, *matrices [2,...]) -> arrays [C,M].
+          compute: (rows [C,D], product, *pairs of matrices) -> arrays [C,M].
           x_axis: of the mesh, that the last axis of x is cut over.
           axes: how each pair of matrices is cut.
           partial_sums: which results are a tensor shard's share of a sum; the others are cut over tensor.
         """
         mesh, platform = self.constrain.mesh, self.constrain.platform
-        pairs = [jnp.stack([text, image]).astype(x.dtype) for text, image in weights]
+        cast = [(text.astype(x.dtype), image.astype(x.dtype)) for text, image in weights]
         if mesh is None or mesh.size == 1:
-            return _compute(platform, compute, x, self.order, pairs)
+            return _compute(platform, compute, x, self.order, cast)
 
-        def body(x: Array, order: Order, *shards: Array) -> tuple[Array, ...]:
-            whole = [gather_shards(w, cut.index("fsdp"), mesh) for w, cut in zip(shards, axes, strict=True)]
-            found = _compute(platform, compute, x, order, whole)
+        def body(x: Array, order: Order, shards: Sequence[Pair]) -> tuple[Array, ...]:
+            def whole(w: Array, cut: PartitionSpec) -> Array:
+                return gather_shards(w[None], 1 + cut.index("fsdp"), mesh)[0]
+
+            pairs = [(whole(text, cut), whole(image, cut)) for (text, image), cut in zip(shards, axes, strict=True)]
+            found = _compute(platform, compute, x, order, pairs)
             return tuple(y[None] if part else y for y, part in zip(found, partial_sums, strict=True))
 
         found = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(PartitionSpec(BATCH_AXES, None, x_axis), _ORDER, *axes),
-            out_specs=tuple(
-                _PARTS if partial else PartitionSpec(BATCH_AXES, None, "tensor") for partial in partial_sums
-            ),
+            in_specs=(PartitionSpec(BATCH_AXES, None, x_axis), _ORDER, [(cut, cut) for cut in axes]),
+            out_specs=tuple(_PARTS if part else _CUT for part in partial_sums),
             check_vma=False,
-        )(x, self.order, *pairs)
+        )(x, self.order, cast)
         # Summed here and not by a psum inside, as in models/moe.py: the gradient is then known to be a broadcast.
         return tuple(y.sum(0) if part else y for y, part in zip(found, partial_sums, strict=True))
 
@@ -153,7 +154,7 @@ class ByModality:
 _ROWS = PartitionSpec(BATCH_AXES)
 _ORDER: Any = Order(*[_ROWS] * 3)  # type: ignore[arg-type]
 _CUT, _PARTS = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec("tensor", BATCH_AXES)
-_IN, _OUT = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
+_IN, _OUT = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
 
 
 def _sort(groups: Int[Array, "b S"]) -> Order:
@@ -161,11 +162,48 @@ def _sort(groups: Int[Array, "b S"]) -> Order:
     return order._replace(sizes=order.sizes[None])  # [1,2]: a device's row of what all of them have
 
 
-def _compute(platform: str, compute: Callable, x: Array, order: Order, matrices: Sequence[Array]) -> tuple[Array, ...]:
+def _compute(platform: str, compute: Callable, x: Array, order: Order, pairs: Sequence[Pair]) -> tuple[Array, ...]:
     order = order._replace(sizes=order.sizes[0])
-    product = partial(grouped_matmul, sizes=order.sizes, platform=platform)
+
+    def product(rows: Array, pair: Pair) -> Array:
+        return _product(platform, rows, *pair, order.sizes)
+
     rows = to_groups(x.reshape(-1, x.shape[-1]), order)
-    return tuple(from_groups(y, order).reshape(*x.shape[:2], -1) for y in compute(rows, product, *matrices))
+    return tuple(from_groups(y, order).reshape(*x.shape[:2], -1) for y in compute(rows, product, *pairs))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    platform: str,
+    rows: Float[Array, "C D"],
+    text: Float[Array, "D M"],
+    image: Float[Array, "D M"],
+    sizes: Int[Array, "2"],
+) -> Float[Array, "C M"]:
+    return grouped_matmul(rows, jnp.stack([image, text]), sizes, platform=platform)
+
+
+def _forward(platform, rows, text, image, sizes):
+    values = rows.value, text.value, image.value, sizes.value
+    # Whether the text's matrix is trained decides what is computed, so it has to be part of the structure: () or None.
+    return _product(platform, *values), (values, () if text.perturbed else None)
+
+
+def _backward(platform, saved, dy):
+    (rows, text, image, sizes), text_is_trained = saved
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    product = partial(grouped_matmul, platform=platform)
+    both = jnp.stack([image, text])
+    (d_rows,) = jax.vjp(lambda rows: product(rows, both, sizes), rows)[1](dy)
+    if text_is_trained is None:  # the images' rows come first: the others are then of no group
+        (d_image,) = jax.vjp(lambda w: product(rows, w[None], sizes[:1]), image)[1](dy)
+        return d_rows, None, d_image, None
+    (d_both,) = jax.vjp(lambda w: product(rows, w, sizes), both)[1](dy)
+    return d_rows, d_both[1], d_both[0], None
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def with_copies(params: dict[str, Any]) -> dict[str, Any]:
