@@ -100,7 +100,7 @@ def test_losses_and_gradients_equal_one_devices(kind, mesh):
 
 
 def test_the_tower_skips_empty_slots_on_every_mesh():
-    """One of two slots a row is filled, and a device's parts are of one or two slots: only what is filled is computed."""
+    """One of two slots a row is filled, and a device's parts are of one or two slots: the filled half is computed."""
     for mesh in ("", DEFAULT):
         _, aux, _ = gradients_on("late fusion", mesh)
         assert int(aux["vision_slots"]) == 8, mesh
