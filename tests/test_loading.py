@@ -82,6 +82,10 @@ def test_groups_types_and_missing_files():
         ({"optimizer.beta2": 1.0}, "from 0 to below 1"),
         ({"image.crop_scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
         ({"schedule.final_ratio": float("nan")}, "schedule.final_ratio = nan"),
+        ({"start.decoder": "a", "trunk.workdir": "b"}, "start.decoder and trunk.workdir are both given"),
+        ({"optimizer.vision_scale": 0.0}, "trains nothing at full cost"),
+        ({"optimizer.vision_scale": 0.1}, "'early_fusion' has no vision tower"),
+        ({"optimizer.freeze": ("",)}, r"freeze = \(''\,\); expected patterns"),
     ],
 )  # fmt: skip
 def test_contradictions(overrides, message):
@@ -114,6 +118,60 @@ MOE = "model.moe."
 def test_contradictions_of_experts(overrides, message):
     with pytest.raises(loading.ConfigError, match=message):
         loading.load(QUICKSTART, {MOE + "experts": 8} | overrides)
+
+
+LATE, DEEP, ENCODER = (
+    f"configs/{name}" for name in ("late_fusion.py:small", "deep_fusion.py:cogvlm-small", "encoder.py:clip-small")
+)
+VISION, DEEP_KEY, CONNECTOR = "model.vision.", "model.deep.", "model.connector."
+
+
+@pytest.mark.parametrize(
+    "file, overrides, message",
+    [
+        (LATE, {VISION + "heads": 3}, "model.vision.width = 128 is no multiple of model.vision.heads = 3"),
+        (LATE, {VISION + "feature_layer": 0}, r"feature_layer = 0; .* from -1 \(the last\) to -4"),
+        (LATE, {VISION + "feature_layer": -5}, "feature_layer = -5"),
+        (LATE, {VISION + "width": 126, VISION + "heads": 2, VISION + "positions": "sincos"}, "needs a multiple of 4"),
+        (LATE, {VISION + "ffn": "gelo"}, "did you mean 'gelu'"),
+        (LATE, {"model.patch_positions": True}, "model.patch_positions is of early fusion"),
+        (LATE, {"image.positions": 12}, "image.positions = 12; a connector of kind 'average' makes a square"),
+        (LATE, {"image.positions": 81}, "makes a square number of the 8 x 8 patches, such as 16"),
+        (LATE, {CONNECTOR + "kind": "mlp"}, "image.positions = 16; a connector of kind 'mlp' makes 64 of 8 x 8"),
+        (LATE, {CONNECTOR + "downsample": 2}, "downsample = 2 is of kind 'glu' alone"),
+        (LATE, {CONNECTOR + "kind": "attention", CONNECTOR + "heads": 3}, "width = 128 is no multiple of .*heads = 3"),
+        (LATE, {"image.positions": 0}, "image.positions = 0; an image in a row has at least one position"),
+        (LATE, {"data.rows": "pairs"}, "data.rows = 'pairs' is for encoders .*; 'late_fusion' takes 'packed'"),
+        (DEEP, {CONNECTOR + "downsample": 3}, "downsample = 3 does not divide the 8 patches"),
+        (DEEP, {DEEP_KEY + "modules": ("qvk",)}, "'qvk' is none of qkv, out, ffn, norms; did you mean 'qkv'"),
+        (DEEP, {DEEP_KEY + "modules": ("qkv", "qkv")}, "names one twice"),
+        (DEEP, {DEEP_KEY + "every": 3}, "model.depth = 4 is no multiple of model.deep.every = 3"),
+        (DEEP, {DEEP_KEY + "modules": ("ffn",), DEEP_KEY + "qkv_bias": True}, "qkv_bias is of the images' own qkv"),
+        (DEEP, {"data.image_delimiters": False}, "delimiter_vectors .* turn data.image_delimiters on"),
+        (
+            DEEP,
+            {"data.image_delimiters": False, "model.delimiter_vectors": False},
+            "delimiter_weights = 'boi_image' .* turn data.image_delimiters on",
+        ),
+        (DEEP, {MOE + "experts": 4}, "names 'ffn' in layers that have experts"),
+        (DEEP, {MOE + "experts": 4, MOE + "every": 2, DEEP_KEY + "every": 4}, "names 'ffn' in layers that have"),
+        (QUICKSTART, {MOE + "experts": 4, "model.ffn": "gelu"}, "experts are SwiGLU without biases"),
+        (QUICKSTART, {MOE + "experts": 4, "model.bias": True}, "experts are SwiGLU without biases"),
+        (QUICKSTART, {"model.rope_theta": 0.5}, "model.rope_theta = 0.5; it is more than 1, or 0"),
+        (ENCODER, {"data.rows": "packed"}, "image.positions = 0; an image in a row"),
+        (ENCODER, {"image.positions": 16}, "takes pairs of an image and a text: .* not 'pairs', 16, 1 and False"),
+        (ENCODER, {"image.per_row": 2}, "takes pairs of an image and a text"),
+        (ENCODER, {VISION + "class_token": False}, "pooling = 'class' takes the class token's features"),
+        (ENCODER, {VISION + "feature_layer": -2}, "an encoder is trained with all of its layers"),
+        (ENCODER, {"gradient_accumulation": 2}, "negatives of a pair are all the others of the global batch"),
+        (ENCODER, {"model.contrastive.scale": 200.0}, "from 1 to max_scale"),
+        (ENCODER, {"model.family": "aim"}, "has no place for a class token"),
+        (ENCODER, {DEEP_KEY + "modules": ("qkv",)}, "has text alone in its decoder"),
+    ],
+)  # fmt: skip
+def test_contradictions_of_architectures(file, overrides, message):
+    with pytest.raises(loading.ConfigError, match=message):
+        loading.load(file, overrides)
 
 
 def test_flags(tmp_path):

@@ -146,7 +146,8 @@ def _part(name: str) -> str:
     first, *rest = name.split("/")
     if first != "layers":
         whole = {"embed": "token_embedding", "patches": "patch_embedding", "vision": "vision_tower"}
-        return whole.get(first, "norms" if first == "final_norm" else first)
+        whole |= {"final_norm": "norms", "image_final_norm": "visual_expert"}
+        return whole.get(first, first)
     if "image" in rest:
         return "visual_expert"
     for inner, part in (("experts", "experts"), ("router", "routers")):
@@ -173,8 +174,11 @@ _PIXELS, _TOWER, _BRIDGE, _INPUTS, _DECODER, _TOP = range(6)
 def _stage(name: str) -> int:
     if name.startswith("vision/"):
         return _TOWER if name.startswith(("vision/layers", "vision/final_norm")) else _PIXELS
+    if name == "contrastive/image":
+        return _BRIDGE
     stages = {"connector": _BRIDGE, "projection": _BRIDGE, "pooling": _BRIDGE, "layers": _DECODER}
-    stages |= {"embed": _INPUTS, "patches": _INPUTS, "delimiters": _INPUTS}
+    stages |= {"embed": _INPUTS, "patches": _INPUTS, "delimiters": _INPUTS, "final_norm": _DECODER}
+    stages |= {"image_final_norm": _DECODER}
     return stages.get(name.split("/")[0], _TOP)
 
 
@@ -186,9 +190,13 @@ def _flops(
     forward, training, by_part = Work(), Work(), Counter[str]()
 
     def flows(stage: int) -> bool:
-        """Whether gradients flow through a stage to its inputs; nothing is below pixels and tokens."""
+        """Whether gradients flow through a stage to its inputs: all but its first product's, if none is trained below.
+
+        Nothing is below pixels and tokens; what is on top is one product.
+        """
         lowest = _INPUTS if spec.family == "contrastive" and stage >= _DECODER else _PIXELS
-        return stage not in (_PIXELS, _INPUTS) and any(lowest <= each <= stage for each in trained)
+        highest = stage - (stage == _TOP)
+        return stage not in (_PIXELS, _INPUTS) and any(lowest <= each <= highest for each in trained)
 
     def add(work: Work, stage: int, part: str, gradients: int) -> None:
         nonlocal forward, training
@@ -209,6 +217,9 @@ def _flops(
     if spec.vision:
         pairs = spec.vision.layers_used * spec.vision.tokens**2
         add(Work(image=pairs * _flops_of_pair(spec.vision)), _TOWER, "vision_tower", 2 * flows(_TOWER))
+    if any(name.startswith("pooling/") for name in names) and spec.vision:  # its probe's query
+        pairs = spec.vision.patches
+        add(Work(image=pairs * _flops_of_pair(spec.vision)), _BRIDGE, "pooling", 2 * flows(_BRIDGE))
     if spec.contrastive:  # similarities with all texts of the batch
         add(Work(image=2 * batch_rows * spec.contrastive.width), _TOP, "contrastive", 2 * flows(_TOP))
     if any(name.startswith("layers/") for name in names):
