@@ -242,6 +242,7 @@ def validate(config: ConfigDict) -> None:
     if config.model.moe.experts:
         _validate_experts(config)
     _validate_training(config)
+    _validate_start(config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -393,6 +394,11 @@ def _validate_encoder(config: ConfigDict) -> None:
             f"model.family = {family!r} predicts patch after patch and has no place for a class token; turn "
             "model.vision.class_token off",
         )
+        _require(
+            image.size > image.patch,
+            f"image.size = {image.size} and image.patch = {image.patch} make one patch of an image; model.family = "
+            f"{family!r} predicts a patch from those before it",
+        )
 
 
 def _validate_connector(config: ConfigDict) -> None:
@@ -530,4 +536,25 @@ def _validate_training(config: ConfigDict) -> None:
         schedule.warmup + cooldown <= config.steps,
         f"schedule.warmup = {schedule.warmup} and schedule.cooldown = {cooldown} together are longer than the run, "
         f"steps = {config.steps}; shorten them or train longer",
+    )
+
+
+def _validate_start(config: ConfigDict) -> None:
+    named = [f"start.{part}" for part, run in config.start.items() if run]
+    _require(
+        not (named and config.trunk.workdir),
+        f"{', '.join(named)} and trunk.workdir are both given; a trunk has all weights, so leave out one of the two",
+    )
+    optimizer = config.optimizer
+    _require(
+        optimizer.vision_scale > 0,
+        "optimizer.vision_scale = 0 trains nothing at full cost; to freeze the tower, optimizer.freeze = ('vision/*',)",
+    )
+    _require(
+        optimizer.vision_scale == 1 or config.model.family != "early_fusion",
+        f"optimizer.vision_scale = {optimizer.vision_scale}, but model.family = 'early_fusion' has no vision tower",
+    )
+    _require(
+        all(isinstance(pattern, str) and pattern for pattern in optimizer.freeze),
+        f"optimizer.freeze = {optimizer.freeze!r}; expected patterns of parameters' names, such as ('vision/*',)",
     )
