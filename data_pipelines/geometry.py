@@ -21,10 +21,19 @@ class Geometry:
     image_attention: str = "bidirectional"  # bidirectional | causal
     image_rotary: str = "sequential"  # sequential | shared
     caption_order: str = "image_first"  # image_first | text_first | random
+    # One image and its text a row. Not in the repr, which stands in the fingerprint of packed streams; the fingerprints
+    # of plans tell (packing_key).
+    pairs: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
         if self.row_length < 2:
             raise ValueError(f"row_length = {self.row_length}; a row needs at least 2 positions")
+        if self.pairs and (self.positions or self.per_row != 1 or self.image_delimiters or self.row_length < 3):
+            raise ValueError(
+                "data.rows = 'pairs' has one image a row, beside the text: image.positions = 0, image.per_row = 1, "
+                f"data.image_delimiters off and row_length at least 3, not {self.positions}, {self.per_row}, "
+                f"{self.image_delimiters} and {self.row_length}"
+            )
         if self.per_row and self.image_span > self.row_length:
             raise ValueError(
                 f"an image takes {self.image_span} positions (image.positions = {self.positions}, image delimiters "
@@ -44,6 +53,7 @@ class Geometry:
             image_attention=data.image_attention,
             image_rotary=data.image_rotary,
             caption_order=data.caption_order,
+            pairs=data.rows == "pairs",
         )
 
     @property
@@ -54,4 +64,4 @@ class Geometry:
     def packing_key(self) -> dict:
         """The fields that a row plan depends on; the others only change how its rows are filled in."""
         names = ("row_length", "positions", "per_row", "image_delimiters", "caption_order")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"pairs": True} if self.pairs else {})

@@ -7,10 +7,15 @@
 
 A piece is what is measured and encoded at once: a mark, an image, or a text of at most 4,096 characters. Longer
 texts are several pieces, cut before whitespace, so that a row in the middle of a book does not tokenise the book.
+
+A pair, for encoders, is a document of one image and some text; only its text has positions, and what a row has no room
+for is left out.
 """
 
 import enum
 import hashlib
+
+import numpy as np
 
 from data_pipelines.document import Document, Part
 from data_pipelines.tokenizer import Tokenizer
@@ -36,6 +41,26 @@ def of_parts(parts: tuple[Part, ...]) -> list[str | bytes]:
     for part in parts:
         pieces += [part] if isinstance(part, bytes) else cut_text(part)
     return pieces
+
+
+def of_pair(document: Document) -> tuple[bytes, str] | None:
+    """The image and the text of a document of one image and some text; several texts are joined by a blank line.
+
+    None for any other document.
+    """
+    text = "\n\n".join(text for text in document.texts if text.strip())
+    return (document.images[0], text) if text and len(document.images) == 1 else None
+
+
+def pair_tokens(text: str, tokenizer: Tokenizer, row_length: int) -> np.ndarray:
+    """BOS, the text, EOS: int32 [at most row_length]. A longer text is cut and EOS kept, as CLIP's tokenizer does."""
+    ids, room = [np.array([tokenizer.bos], np.int32)], row_length - 2
+    for piece in cut_text(text):
+        if room <= 0:
+            break
+        ids.append(tokenizer.encode(piece)[:room])
+        room -= len(ids[-1])
+    return np.concatenate([*ids, np.array([tokenizer.eos], np.int32)])
 
 
 def length(piece: Piece, tokenizer: Tokenizer, image_span: int) -> int:

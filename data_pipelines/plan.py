@@ -108,7 +108,8 @@ def make_plan(
     Several processes may ask for the same plan: one makes it, the others wait.
 
     Raises:
-      ValueError: for an image in a document when rows have no image slots; names the document.
+      ValueError: for an image in a document when rows have no image slots; names the document. For a dataset without a
+        single pair, when rows are pairs.
     """
     folder = pathlib.Path(folder).absolute()
     with _locked(folder):
@@ -116,7 +117,14 @@ def make_plan(
             partial = folder.with_name(folder.name + ".incomplete")
             partial.mkdir(parents=True, exist_ok=True)
             files = _pack_windows(dataset, encoder, geometry, partial, window, workers, progress)
-            report = _report(len(dataset), _join(files, partial, geometry), geometry)
+            counts = _join(files, partial, geometry)
+            if geometry.pairs and not counts["rows"]:
+                raise ValueError(
+                    f"source {dataset.source!r} has no pairs: none of the {len(dataset)} documents of "
+                    f"{dataset.folder}, split {dataset.split!r}, has exactly one image and some text (data.rows = "
+                    "'pairs'); leave it out of data.sources"
+                )
+            report = _report(len(dataset), counts, geometry)
             made_of = key(dataset, encoder, geometry, window)
             description = {"fingerprint": fingerprint(made_of), "made_of": made_of, "report": report}
             (partial / "plan.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -201,6 +209,19 @@ class _Window:
 
     def fragments(self, documents: Iterable[int]) -> np.ndarray:
         """FRAGMENT[n] of these documents, in their order."""
+        return self._pairs(documents) if self.geometry.pairs else self._cuts(documents)
+
+    def _pairs(self, documents: Iterable[int]) -> np.ndarray:
+        """One fragment for each that is a pair. As each takes its row's only image slot, each gets a row."""
+        found = []
+        for d in documents:
+            pair = pieces.of_pair(self.dataset[d])
+            if pair:
+                tokens = pieces.pair_tokens(pair[1], self.encoder, self.geometry.row_length)
+                found.append((d, 0, len(tokens), 0, 0, 1))
+        return np.array(found, FRAGMENT)
+
+    def _cuts(self, documents: Iterable[int]) -> np.ndarray:
         found = []
         for d in documents:
             document = self.dataset[d]
@@ -257,13 +278,14 @@ def _join(files: Sequence[pathlib.Path], folder: pathlib.Path, geometry: Geometr
 def _report(documents: int, counts: dict, geometry: Geometry) -> dict:
     """Counts and what follows from them."""
     rows, images, slots = counts["rows"], counts["images"], counts["rows"] * geometry.per_row
+    used = counts["fragments"] if geometry.pairs else documents
     derived = {
-        "text_tokens": counts["positions"] - images * geometry.image_span - 2 * documents,
+        "text_tokens": counts["positions"] - images * geometry.image_span - 2 * used,
         "fill": counts["positions"] / (rows * geometry.row_length),  # real positions of all positions
         "images_per_row": images / rows,
         "slot_fill": images / slots if slots else 0.0,
     }
-    return {"documents": documents} | counts | derived
+    return {"documents": documents} | counts | derived | ({"left_out": documents - used} if geometry.pairs else {})
 
 
 def plan_folder(config: ConfigDict, source: str, dataset: store.Dataset, encoder: tokenizer.Tokenizer) -> pathlib.Path:
@@ -302,6 +324,8 @@ def table(plans: dict[str, Plan]) -> str:
             f"{source:<14}{r['documents']:>11,}{r['cuts']:>8,}{r['rows']:>10,}{r['fill']:>8.1%}"
             f"{r['images_per_row']:>12.2f}{r['slot_fill']:>11.1%}"
         )
+    left_out = {source: plan.report.get("left_out") for source, plan in plans.items()}
+    lines += [f"{source}: {n:,} documents are no pairs and were left out" for source, n in left_out.items() if n]
     return "\n".join(lines)
 
 

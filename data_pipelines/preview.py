@@ -48,7 +48,7 @@ class Run:
     """Neighbouring positions [start, stop) of one row that are shown as one thing: a token, or an image."""
 
     start: int
-    stop: int
+    stop: int  # start for the image of a pair
     text: str  # of the token; "" for an image
     slot: int = -1  # of the image; -1 for a token
     special: bool = False
@@ -62,11 +62,12 @@ def runs(batch: Batch, row: int, tokenizer: Tokenizer, positions: int) -> Iterat
     """
     names = {getattr(tokenizer, name): f"⟨{name}⟩" for name in SPECIALS}
     tokens, index = batch["tokens"][row], batch["image_index"][row]
-    slots = np.where(index >= 0, index // positions, -1)
+    slots = np.where(index >= 0, index // max(positions, 1), -1)
     for segment, members in itertools.groupby(range(len(tokens)), key=lambda i: int(batch["segment_ids"][row, i])):
         if segment == 0:
             continue
-        found = []
+        # The image of a pair stands at no position; it is shown before the text.
+        found = [Run(0, 0, "", 0)] if positions == 0 and batch["image_mask"][row, 0] else []
         # Text positions are shown one by one, the patches of an image together.
         for _, group in itertools.groupby(members, key=lambda i: (-1, i) if slots[i] < 0 else (int(slots[i]), -1)):
             at = list(group)
@@ -164,6 +165,8 @@ def summarise(batch: Batch, sources: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _hover(batch: Batch, row: int, run: Run, tokenizer: Tokenizer) -> str:
+    if run.start == run.stop:
+        return f"image slot {run.slot}, at no position"
     last = run.stop - 1
     one = run.stop == run.start + 1
     segment = batch["segment_ids"][row]

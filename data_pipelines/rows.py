@@ -13,6 +13,8 @@ A row of two documents, S = 12, P = 4, images that see themselves both ways (`un
 
 A target is the document's next token, so that a cut loses none: the last position of a fragment predicts the first
 token of the next one, which stands in another row. Only text tokens and EOS are predicted.
+
+A pair is one document a row, its image in slot 0 and at no position: the row above would be BOS a dog EOS and padding.
 """
 
 import logging
@@ -83,9 +85,11 @@ class RowBuilder:
         out["source"][b] = self.source_index
         for fragment in self.plan[row]:
             document = self.dataset[int(fragment["document"])]
-            parts = pieces.of_document(document, self.geometry.caption_order)
             try:
-                bad = writer.add(parts, fragment)
+                if self.geometry.pairs:
+                    bad = writer.add_pair(document, fragment)
+                else:
+                    bad = writer.add(pieces.of_document(document, self.geometry.caption_order), fragment)
             except _Mismatch as e:
                 raise ValueError(
                     f"document {document.id!r} of dataset {self.dataset.folder} is not what plan {self.plan.folder} "
@@ -189,6 +193,27 @@ class _RowWriter:
         self._at += n
         return bad
 
+    def add_pair(self, document: Document, fragment: Any) -> list[tuple[int, str]]:
+        """Writes the row of a pair. Without its image it is none: its slot counts as empty, and it has no loss."""
+        row, n = self._row, int(fragment["stop"])
+        pair = pieces.of_pair(document)
+        if not pair:
+            raise _Mismatch("it is no pair")
+        image, text = pair
+        tokens = pieces.pair_tokens(text, self._tokenizer, self._geometry.row_length)
+        if len(tokens) != n:
+            raise _Mismatch(f"it has {len(tokens)} positions, not {n}")
+        row["tokens"][:n] = tokens
+        row["segment_ids"][:n] = 1
+        row["positions"][:n] = np.arange(n)
+        reason = self._add_pixels(image)
+        if reason:
+            row["image_mask"][0] = False
+            return [(0, reason)]
+        row["targets"][: n - 1] = tokens[1:]
+        row["loss_mask"][: n - 1] = 1
+        return []
+
     def _encode(self, piece: Mark | str) -> np.ndarray:
         if isinstance(piece, str):
             return self._tokenizer.encode(piece)
@@ -212,6 +237,11 @@ class _RowWriter:
         row["image_index"][span] = np.arange(geometry.positions) + self._slot * geometry.positions
         if geometry.image_attention == "bidirectional":
             row["attend_until"][span] = self._at + end
+        return self._add_pixels(data)
+
+    def _add_pixels(self, data: bytes) -> str:
+        """Fills the next slot; returns why it could not, or ""."""
+        row = self._row
         row["image_mask"][self._slot] = True
         try:
             row["images"][self._slot] = self._to_pixels(data, self._slot)
