@@ -229,33 +229,33 @@ class AIMSpec:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "AIMSpec | None":
-        """None unless model.family is aim or aimv2.
-
-        Raises:
-          ValueError: a vision tower, or an image, that has no next patch to predict.
-        """
-        model, image = config.model, config.image
-        if model.family not in ("aim", "aimv2"):
+        """None unless model.family is aim or aimv2."""
+        aim = config.model.aim
+        if config.model.family not in ("aim", "aimv2"):
             return None
-        for key, wanted in (("class_token", False), ("feature_layer", -1)):
-            if model.vision[key] != wanted:
-                raise ValueError(
-                    f"model.family = {model.family!r} with model.vision.{key} = {model.vision[key]}: the next patch is "
-                    f"predicted from the patches' last features; give --config.model.vision.{key}={wanted}"
-                )
-        if image.size < 2 * image.patch:
-            raise ValueError(
-                f"model.family = {model.family!r} predicts the next patch of an image, of which image.size = "
-                f"{image.size} and image.patch = {image.patch} make one; give a larger image or smaller patches"
-            )
-        if model.aim.head_depth < 1:
-            raise ValueError(f"model.aim.head_depth = {model.aim.head_depth}; it must be at least 1")
-        if model.moe.experts or model.deep.modules:
-            raise ValueError(
-                f"model.family = {model.family!r} has neither experts nor deep fusion: set model.moe.experts to 0 and "
-                "model.deep.modules to ()"
-            )
-        return cls(model.aim.head_width, model.aim.head_depth, model.aim.pixel_weight)
+        return cls(aim.head_width, aim.head_depth, aim.pixel_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveSpec:
+    """`model.contrastive`: how images and texts are compared."""
+
+    loss: str
+    width: int  # E
+    pooling: str
+    causal: bool  # the text tower
+    scale: float  # at the beginning
+    max_scale: float  # 0: no clamp
+    bias: float  # at the beginning; only sigmoid has one
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "ContrastiveSpec | None":
+        """None unless model.family is contrastive."""
+        model, how = config.model, config.model.contrastive
+        if model.family != "contrastive":
+            return None
+        causal = how.text_attention == "causal"
+        return cls(how.loss, how.width, how.pooling, causal, how.scale, how.max_scale, how.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +280,7 @@ class Spec(StackSpec):
     vision: VisionSpec | None  # None: patches are embedded by a linear layer
     connector: ConnectorSpec | None
     aim: AIMSpec | None
+    contrastive: ContrastiveSpec | None
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Spec":
@@ -325,4 +326,5 @@ class Spec(StackSpec):
             vision=vision,
             connector=connector,
             aim=AIMSpec.from_config(config),
+            contrastive=ContrastiveSpec.from_config(config),
         )

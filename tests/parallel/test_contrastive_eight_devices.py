@@ -1,0 +1,18 @@
+"""The ring of contrastive losses, on 8 simulated devices in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+
+def test_on_eight_devices():
+    """fsdp 8, replica 2 x fsdp 4, fsdp 4 x tensor 2 against one device: values, gradients, memory."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles twice as fast
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("contrastive_eight_devices.py")],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
