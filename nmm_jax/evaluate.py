@@ -5,6 +5,8 @@
 held_out    loss on the held_out split of every source, and the same with images shuffled between documents
 questions   accuracy on data.root/questions, by kind; skipped with a note where there are none
 in_context  loss on held-out captions with and without an earlier picture and caption in the row
+retrieval   of encoders by pairs: whether images find their texts among the held-out ones, and texts their images
+pixels      of AIM and AIMv2: loss on the next patches of held-out images
 
 The result is printed and written to RUN/evaluation/<step>.json (docs/evaluation.md has its keys). The run's config
 says where the data is (--data_root, where it is now); the model is restored over all devices there are.
@@ -22,12 +24,13 @@ from data_pipelines.geometry import Geometry
 from data_pipelines.plan import Plan, ensure_plans
 from data_pipelines.stream import Stream
 from data_pipelines.tokenizer import Tokenizer
-from nmm_jax.evaluation import in_context, questions, results
+from nmm_jax.evaluation import in_context, pixels, questions, results, retrieval
 from nmm_jax.evaluation.held_out import RowSums, held_out_loss, make_row_sums
 from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.training.checkpoints import Run
 
-TASKS = ("held_out", "questions", "in_context")
+TASKS = ("held_out", "questions", "in_context")  # of language models
+TASKS_OF = {"contrastive": ("retrieval",), "aim": ("pixels",), "aimv2": ("pixels", "held_out")}  # of other families
 
 
 def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) -> results.Results:
@@ -36,10 +39,17 @@ def evaluate(run: Run, tokenizer: Tokenizer, tasks: Sequence[str], rows: int) ->
     Raises:
       ValueError: an unknown task, or a source without a held_out split.
     """
-    unknown = sorted(set(tasks) - set(TASKS))
+    there_are = TASKS_OF.get(run.config.model.family, TASKS)
+    unknown = sorted(set(tasks) - set(there_are))
     if unknown:
-        raise ValueError(f"--tasks: there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+        raise ValueError(f"--tasks: there is no task {unknown[0]!r}; there are {', '.join(there_are)}")
+    tasks = tasks or there_are
     found: results.Results = {"step": run.step, "notes": []}
+    if "retrieval" in tasks:
+        found["retrieval"] = evaluate_retrieval(run)
+        return found
+    if "pixels" in tasks:
+        found["pixels"] = evaluate_pixels(run, rows)
     row_sums = make_row_sums(run)
     if "held_out" in tasks:
         found |= evaluate_held_out(run, row_sums, rows)
@@ -95,6 +105,24 @@ def evaluate_in_context(
     return gains, "" if gains else "no source has held-out documents of one image and one text"
 
 
+def evaluate_retrieval(run: Run) -> results.Results:
+    """Recalls of all sources."""
+    _require_held_out(run)
+    held_out_plans(run)
+    return {s: retrieval.retrieve(run, Stream.held_out(run.config, s), s) for s in run.config.data.sources}
+
+
+def evaluate_pixels(run: Run, rows: int) -> results.Results:
+    """Pixel losses of all sources, over at most so many rows of each."""
+    _require_held_out(run)
+    held_out_plans(run)
+    sums = pixels.make_pixel_sums(run)
+    of_source = {
+        s: pixels.pixel_loss(run, sums, s, Stream.held_out(run.config, s), rows) for s in run.config.data.sources
+    }
+    return {source: found.to_json() for source, found in of_source.items()}
+
+
 def held_out_plans(run: Run) -> dict[str, Plan]:
     """Of all sources; process 0 makes those that are missing, while the others wait."""
     if jax.process_index() == 0:
@@ -116,7 +144,9 @@ def _require_held_out(run: Run) -> None:
 
 if __name__ == "__main__":
     RUN = RunFlags()
-    TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), f"which of {', '.join(TASKS)}")
+    TASK_NAMES = flags.DEFINE_list(
+        "tasks", [], f"which of {', '.join(TASKS)} (of encoders docs/evaluation.md); all, unless given"
+    )
     ROWS = flags.DEFINE_integer("rows", 0, "held-out rows of each source, at most; 0 is evaluation.rows", 0)
     OUTPUT = flags.DEFINE_string("output", "", "also write the JSON here")
 

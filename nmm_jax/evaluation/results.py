@@ -46,7 +46,31 @@ def table(results: Results) -> str:
             )
             alone = _pm(arms["alone"]["loss"], arms["alone"]["standard_error"], 4)
             lines.append(f"  {source:28}{alone:>15}{pair:>18}{text:>15}{other:>18}{arms['captions']:>7}")
+    if "retrieval" in results:
+        ranks = list(next(iter(results["retrieval"].values()))["image_to_text"])  # recall@1, recall@5, ...
+        lines += ["", f"{'retrieval (%, chance)':40}" + "".join(f"{rank:>21}" for rank in ranks) + f"{'pairs':>7}"]
+        for source, found in results["retrieval"].items():
+            for direction in ("image_to_text", "text_to_image"):
+                cells = [_recall(found[direction][rank]) for rank in ranks]
+                name = f"{source}, {direction.replace('_', ' ')}"
+                lines.append(f"  {name:38}" + "".join(f"{cell:>21}" for cell in cells) + f"{found['pairs']:>7}")
+    if "pixels" in results:
+        given = list(next(iter(results["pixels"].values()))["by_prefix"])
+        lines += ["", f"{'next patches (mean square)':30}{'loss':>15}{'of zero':>10}{'explained':>14}"]
+        lines[-1] += "".join(f"{f'behind {prefix}':>17}" for prefix in given) + f"{'rows':>7}"
+        for source, found in results["pixels"].items():
+            loss = _pm(found["loss"], found["standard_error"], 4)
+            explained = _pm(found["explained"]["value"], found["explained"]["standard_error"], 1, 100) + "%"
+            lines.append(
+                f"  {source:28}{loss:>15}{found['zero']:>10.4f}{explained:>14}"
+                + "".join(f"{_pm(x['value'], x['standard_error'], 4):>17}" for x in found["by_prefix"].values())
+                + f"{found['rows']:>7}"
+            )
     return "\n".join(lines + [f"\nnote: {note}" for note in results["notes"]])
+
+
+def _recall(found: dict[str, Any]) -> str:
+    return f"{_pm(found['value'], found['standard_error'], 1, 100)} ({100 * found['chance']:.1f})"
 
 
 def _pm(value: float, error: float | None, digits: int, scale: float = 1) -> str:
