@@ -162,6 +162,11 @@ class Stream:
         row = grain.experimental.index_shuffle(place, max_index=rows - 1, seed=seed, rounds=4)
         return Location(source, rank, epoch, row)
 
+    def images(self, g: int) -> int:
+        """Filled image slots of row g, known from its plan."""
+        at = self.locate(g)
+        return int(self.builders[at.source].plan[at.row]["images"].sum())
+
     def records(self, g: int) -> list[str]:
         """Ids of the documents that row g was made of, in their order in the row."""
         at = self.locate(g)

@@ -5,7 +5,8 @@
     put back in place
 
 Rows differ in how many images they have, so with fixed shapes a good part of the slots is empty. Each device sorts the
-slots of the rows it has, and goes through them part by part until no device has a filled one left.
+slots of the rows it has, and goes through them part by part until no device has a filled one left; the loader deals
+out rows so that devices have about as many (data_pipelines/balance.py). benchmarks/image_slots.py counts what is empty.
 """
 
 import math
@@ -18,20 +19,32 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from nmm_jax.parallel.mesh import BATCH_AXES
 from nmm_jax.parallel.sharding import Constrain
 
-PARTS = 8  # of a device's slots
+# Each part gathers the tower's weights anew, so a part should have as many patches as make that worth it; but parts of
+# more than a 16th of the slots are mostly empty where images are rare.
+WORTH_IT = 4_096
+
+
+def part_size(slots: int, patches: int) -> int:
+    """Slots that a device goes through at a time, of all those it has."""
+    return min(max(math.ceil(WORTH_IT / patches), math.ceil(slots / 32)), math.ceil(slots / 16))
 
 
 def map_filled(
     encode: Callable[[UInt8[Array, "N height width 3"]], Float[Array, "N P D"]],
     images: UInt8[Array, "B I height width 3"],
     image_mask: Bool[Array, "B I"],
+    patches: int,
     constrain: Constrain,
 ) -> tuple[Float[Array, "B I P D"], Int[Array, ""]]:
-    """What `encode` makes of each slot's image, 0 in some of the empty ones; and how many slots it was computed for."""
+    """What `encode` makes of each slot's image, 0 in some of the empty ones; and how many slots it was computed for.
+
+    Args:
+      patches: of an image, that the tower computes.
+    """
     b, i = image_mask.shape
     devices = 1 if constrain.mesh is None else math.prod(constrain.mesh.shape[axis] for axis in BATCH_AXES)
     slots = b // devices * i
-    part = math.ceil(slots / PARTS)
+    part = part_size(slots, patches)
     filled = image_mask.reshape(devices, slots)
     images = constrain(images.reshape(devices, slots, *images.shape[2:]), ("batch",))
     order = jnp.argsort(~filled, axis=1, stable=True)

@@ -126,7 +126,7 @@ class Multimodal(nnx.Module):
             features = self.vision(images, constrain)
             return self.connector(features[:, int(vision.class_token) :], constrain)
 
-        found, computed = map_filled(encode, batch["images"], batch["image_mask"], constrain)
+        found, computed = map_filled(encode, batch["images"], batch["image_mask"], vision.patches, constrain)
         b, i, p, d = found.shape
         return found.reshape(b, i * p, d), {"vision_slots": computed}
 

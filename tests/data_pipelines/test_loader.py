@@ -103,6 +103,21 @@ def test_rows_that_a_device_mesh_asks_for(config):
         loader.batches(stream, [0], BATCH_ROWS, workers=1, kind="fibres")
 
 
+def test_balanced_batches_are_the_same_rows_in_another_order(config):
+    stream = Stream.open(config)
+    plain = loader.LocalBatches(stream, range(BATCH_ROWS), BATCH_ROWS)[3]
+    whole = loader.LocalBatches(stream, range(BATCH_ROWS), BATCH_ROWS, balanced_over=1)[3]
+    parts = [
+        loader.LocalBatches(stream, places, BATCH_ROWS, balanced_over=1)[3] for places in ([0, 1, 2, 3], [4, 5, 6, 7])
+    ]
+    for name in plain:
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    keys = [[row.tobytes() for row in batch["tokens"]] for batch in (plain, whole)]
+    assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
+    for b, images in enumerate(plain["image_mask"].sum(1)):
+        assert stream.images(3 * BATCH_ROWS + b) == images
+
+
 @pytest.mark.parametrize(("workers", "kind"), [(0, "threads"), (2, "threads"), (1, "processes")])
 def test_errors_of_workers_arrive(tmp_path, workers, kind):
     """A dataset whose file is replaced behind the plan's back: the message of the builder reaches the caller."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nmm_jax.models.image_slots import PARTS, map_filled
+from nmm_jax.models.image_slots import map_filled, part_size
 from nmm_jax.parallel.sharding import Constrain
 
 
@@ -22,7 +22,7 @@ def test_filled_slots_get_their_own_images_and_gradients(rows, slots, share):
     weights = r.normal(size=(rows, slots, 4, 7)).astype(np.float32) * mask[:, :, None, None]
 
     def parts(w):
-        found, computed = map_filled(lambda x: encode(x, w), images, jnp.asarray(mask), Constrain())
+        found, computed = map_filled(lambda x: encode(x, w), images, jnp.asarray(mask), 4, Constrain())
         return (found * weights).sum(), (found, computed)
 
     def whole(w):
@@ -32,5 +32,12 @@ def test_filled_slots_get_their_own_images_and_gradients(rows, slots, share):
     expected = encode(images.reshape(-1, 4, 6, 3), w).reshape(rows, slots, 4, 7)
     np.testing.assert_allclose(np.asarray(found)[mask], np.asarray(expected)[mask], rtol=1e-6)
     np.testing.assert_allclose(gradient, jax.grad(whole)(w), rtol=1e-5, atol=1e-5)
-    part = -(-rows * slots // PARTS)
+    part = part_size(rows * slots, 4)
     assert mask.sum() <= int(computed) < mask.sum() + part
+
+
+def test_a_part_is_a_16th_of_few_slots_and_a_32nd_of_many():
+    assert part_size(64, 64) == 4
+    assert part_size(8, 64) == 1
+    assert part_size(16 * 128, 729) == 64
+    assert part_size(16 * 8, 729) == 6  # 4,374 patches
