@@ -39,6 +39,8 @@ and FLOPs of training, of pairs with full rows, are computed by `describe`:
 configs/late_fusion.py:small,encoder=KIND and configs/mm1.py:small take.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import small
@@ -56,7 +58,7 @@ PIXELS = {
 DECAY_EXCLUDE = ("norm", "bias", "positions", "class_token", "delimiters", "contrastive/scale")
 
 # What the towers of a kind have in common; all else is as in configs/base.py.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "clip": dict(
         ffn="quick_gelu", bias=True, patch_bias=False, class_token=True, embedding_norm="after_positions",
     ),

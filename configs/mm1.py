@@ -42,6 +42,7 @@ clip-small (siglip, aim, aimv2), 64 or 96 pixels (64 or 144 patches of 8 pixels)
 """
 
 import math
+from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
@@ -58,7 +59,7 @@ SIZES = {
     "7b-32e": (4096, 32, 32, 13_184, 32, 4),
 }
 KV_HEADS = 8
-OPTIONS = {
+OPTIONS: dict[str, Collection[str] | type[int]] = {
     "encoder": encoder.TOWERS,
     "size": int,
     "connector": ("linear", "mlp", "average", "attention", "c_abstractor"),

@@ -187,7 +187,8 @@ def _flops(
 ) -> tuple[Work, Work, dict[str, float]]:
     """FLOPs of the forward pass and of training, and of the former those of an image outside of the decoder."""
     trained = {_stage(name) for name in names - frozen}
-    forward, training, by_part = Work(), Work(), Counter[str]()
+    forward, training = Work(), Work()
+    by_part: dict[str, float] = {}
 
     def flows(stage: int) -> bool:
         """Whether gradients flow through a stage to its inputs: all but its first product's, if none is trained below.
@@ -203,7 +204,7 @@ def _flops(
         forward = forward.plus(work)
         training = training.plus(work, 1 + gradients)
         if stage <= _INPUTS or part not in PARTS:
-            by_part[part] += work.image
+            by_part[part] = by_part.get(part, 0.0) + work.image
 
     rows = _rows(spec, names)
     for name, size in matrices.items():
@@ -215,20 +216,20 @@ def _flops(
         trains = any(name.startswith("connector/") for name in names - frozen)
         add(Work(image=connectors.flops(spec.connector)), _BRIDGE, "connector", trains + flows(_BRIDGE))
     if spec.vision:
-        pairs = spec.vision.layers_used * spec.vision.tokens**2
-        add(Work(image=pairs * _flops_of_pair(spec.vision)), _TOWER, "vision_tower", 2 * flows(_TOWER))
+        seen = spec.vision.layers_used * spec.vision.tokens**2
+        add(Work(image=seen * _flops_of_pair(spec.vision)), _TOWER, "vision_tower", 2 * flows(_TOWER))
     if any(name.startswith("pooling/") for name in names) and spec.vision:  # its probe's query
-        pairs = spec.vision.patches
-        add(Work(image=pairs * _flops_of_pair(spec.vision)), _BRIDGE, "pooling", 2 * flows(_BRIDGE))
+        seen = spec.vision.patches
+        add(Work(image=seen * _flops_of_pair(spec.vision)), _BRIDGE, "pooling", 2 * flows(_BRIDGE))
     if spec.contrastive:  # similarities with all texts of the batch
         add(Work(image=2 * batch_rows * spec.contrastive.width), _TOP, "contrastive", 2 * flows(_TOP))
     if any(name.startswith("layers/") for name in names):
         pairs = Work(pair=1)
-        if spec.family == "aimv2":  # patches come before the text of their row, which sees them
+        if spec.family == "aimv2" and spec.vision:  # patches come before the text of their row, which sees them
             p = spec.vision.patches
             pairs = Work(token=p, pair=1, image=p * (p + 1) / 2)
         add(Work().plus(pairs, spec.depth * _flops_of_pair(spec)), _DECODER, "attention", 2 * flows(_DECODER))
-    return forward, training, dict(by_part)
+    return forward, training, by_part
 
 
 def _flops_of_pair(spec: StackSpec) -> int:
