@@ -69,8 +69,12 @@ def check(spec: ConnectorSpec) -> None:
             f"{name} makes {kept} positions of {grid}{by}, and image.positions = {spec.positions}; make it {kept}, or "
             "take a connector that is free in it: average, attention or c_abstractor"
         )
-    if spec.kind in ("average", "c_abstractor") and math.isqrt(spec.positions) ** 2 != spec.positions:
-        raise ValueError(f"{name} makes a square of positions, and image.positions = {spec.positions} is no square")
+    free = spec.kind in ("average", "c_abstractor")
+    if free and (math.isqrt(spec.positions) ** 2 != spec.positions or spec.positions > spec.side**2):
+        raise ValueError(
+            f"{name} makes a square of positions of {grid}, and image.positions = {spec.positions}; make it a square "
+            f"number up to {spec.side**2}"
+        )
     if spec.kind == "attention" and spec.width % spec.heads:
         raise ValueError(
             f"model.connector.width = {spec.width} does not divide into model.connector.heads = {spec.heads} (where "
