@@ -122,9 +122,13 @@ class Multimodal(nnx.Module):
         if vision is None:
             return self.patches(batch["images"], jnp.dtype(self.spec.dtype), constrain), {}
 
-        def encode(images: Array) -> Array:
-            features = self.vision(images, constrain)
+        def connect(features: Array) -> Array:
             return self.connector(features[:, int(vision.class_token) :], constrain)
+
+        connect = connect if self.spec.remat == "none" else jax.checkpoint(connect)
+
+        def encode(images: Array) -> Array:
+            return connect(self.vision(images, constrain))
 
         found, computed = map_filled(encode, batch["images"], batch["image_mask"], vision.patches, constrain)
         b, i, p, d = found.shape

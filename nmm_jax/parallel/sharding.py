@@ -80,10 +80,13 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
         for size, name in zip(array.shape, axes, strict=True):
             axis = RULES.get(name)
             if isinstance(axis, str) and size % mesh.shape[axis]:
+                parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+                key = _KEYS.get(str(name), str(name))
+                if parameter.startswith("vision/"):
+                    key = key.replace("model.", "model.vision.").replace("kv_heads", "heads")
                 raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} {array.shape}: its axis "
-                    f"{name!r} of size {size} does not divide over mesh.{axis} = {mesh.shape[axis]}; change "
-                    f"{_KEYS.get(str(name), name)} or mesh.{axis}"
+                    f"parameter {parameter} {array.shape}: its axis {name!r} of size {size} does not divide over "
+                    f"mesh.{axis} = {mesh.shape[axis]}; change {key} or mesh.{axis}"
                 )
         return NamedSharding(mesh, spec(axes))
 
