@@ -88,7 +88,7 @@ def make_route(run: Run) -> Route:
     constrain = Constrain(run.mesh)
 
     def route(params: Any, batch: dict[str, Array]) -> dict[str, Array]:
-        _, aux = run.model.hidden(params, batch, constrain=constrain)
+        _, aux = run.language_model.hidden(params, batch, constrain=constrain)
         return {name: aux[name] for name in ("expert_tokens", "router_entropy", "dropped_tokens")}
 
     return jax.jit(route, out_shardings=replicated(run.mesh))

@@ -37,8 +37,8 @@ def make_row_sums(run: Run) -> RowSums:
     constrain, chunks = Constrain(run.mesh), run.config.model.vocab_chunks
 
     def row_sums(params: Any, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-        hidden, _ = run.model.hidden(params, batch, constrain=constrain)
-        ce, _ = cross_entropy(hidden, run.model.unembedding(params), batch["targets"], chunks)
+        hidden, _ = run.language_model.hidden(params, batch, constrain=constrain)
+        ce, _ = cross_entropy(hidden, run.language_model.unembedding(params), batch["targets"], chunks)
         return (batch["loss_mask"] * ce).sum(1), batch["loss_mask"].sum(1)
 
     return jax.jit(row_sums, out_shardings=replicated(run.mesh))

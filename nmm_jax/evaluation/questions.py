@@ -102,13 +102,13 @@ def _make_is_right(run: Run, tokenizer: Tokenizer) -> Callable[[Any, Mapping[str
         """`expected` [B, A] are the tokens at the end of each row, filled up with -1."""
         batch = dict(batch)
         expected: Int[Array, "B A"] = batch.pop("expected")
-        hidden, _ = run.model.hidden(params, batch, constrain=constrain)
+        hidden, _ = run.language_model.hidden(params, batch, constrain=constrain)
         counts = (expected >= 0).sum(1)
         start = (batch["segment_ids"] > 0).sum(1) - counts
         before = start[:, None] + jnp.arange(expected.shape[1]) - 1  # token t is predicted at t - 1
         before = jnp.minimum(before, hidden.shape[1] - 1)  # only where expected is -1
         at_answer = jnp.take_along_axis(hidden, before[..., None], 1)
-        likeliest = jnp.argmax(token_logits(at_answer, run.model.unembedding(params), allowed), -1)
+        likeliest = jnp.argmax(token_logits(at_answer, run.language_model.unembedding(params), allowed), -1)
         return ((likeliest == expected) | (expected < 0)).all(1)
 
     return jax.jit(is_right, out_shardings=replicated(run.mesh))

@@ -83,11 +83,11 @@ class Sampler:
 
         def next_token(params: Any, hidden: Array, seeds: Array, step: Array, sampling: Sampling) -> Array:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
-            return choose(token_logits(hidden, run.model.unembedding(params), allowed), keys, sampling)
+            return choose(token_logits(hidden, run.language_model.unembedding(params), allowed), keys, sampling)
 
         def first(params: Any, batch: Any, seeds: Array, sampling: Sampling) -> tuple[Array, Array, Any]:
             """-> (next token, its place in the row, the cache of all places before it)."""
-            hidden, cache = run.model.prefill(params, batch, constrain=constrain)
+            hidden, cache = run.language_model.prefill(params, batch, constrain=constrain)
             at = (batch["segment_ids"] > 0).sum(1)
             before = jnp.take_along_axis(hidden, at[:, None, None] - 1, 1)[:, 0]
             return next_token(params, before, seeds, jnp.int32(0), sampling), at, cache
@@ -95,7 +95,7 @@ class Sampler:
         def following(
             params: Any, token: Array, at: Array, cache: Any, seeds: Array, step: Array, sampling: Sampling
         ) -> tuple[Array, Array, Any]:
-            hidden, cache = run.model.decode(params, token, at, cache, constrain=constrain)
+            hidden, cache = run.language_model.decode(params, token, at, cache, constrain=constrain)
             return next_token(params, hidden, seeds, step, sampling), at + 1, cache
 
         self._first = jax.jit(first, static_argnames="sampling")
