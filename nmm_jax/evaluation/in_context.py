@@ -6,9 +6,9 @@
     other_image   [BOS image_c caption_a image_b caption_b]      with another caption's picture in its place
 
 The loss is over the tokens of caption_b, in nats a token, and a gain is that of the same captions: paired. Which a
-comes before which b is fixed by a seed. A gain says that the model goes on in the manner of the row; that it has
-looked at the earlier picture too is said by what the pair gains beyond `other_image`. (MM1 measures the few-shot
-accuracy of models a thousand times larger; this is its question put to a loss. McKinzie et al. 2024, arXiv 2403.09611.)
+comes before which b is fixed by a seed. A gain says that the model goes on in the manner of the row; that it has looked
+at the earlier picture too is said by `picture`, what the pair gains beyond other_image. (MM1 measures the few-shot
+accuracy of models a thousand times larger; this puts its question to a loss. McKinzie et al. 2024, arXiv 2403.09611.)
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ class InContext:
 
     loss: dict[str, Estimate]  # by arm
     gain: dict[str, Estimate]  # by arm but the first: the loss of alone less the arm's
+    picture: Estimate  # of the earlier picture in it: the loss of other_image less that of pair
     captions: int
     tokens: int
     cut: int
@@ -60,7 +61,8 @@ class InContext:
             arms[arm] = {"loss": loss.value, "standard_error": loss.standard_error}
             if arm in self.gain:
                 arms[arm] |= {"gain": self.gain[arm].value, "gain_error": self.gain[arm].standard_error}
-        return {"captions": self.captions, "tokens": self.tokens, "cut": self.cut} | arms
+        picture = {"gain": self.picture.value, "gain_error": self.picture.standard_error}
+        return {"captions": self.captions, "tokens": self.tokens, "cut": self.cut} | arms | {"picture": picture}
 
 
 def room(geometry: Geometry) -> int:
@@ -111,6 +113,7 @@ def measure(
     return InContext(
         {arm: ratio(loss, tokens) for arm, loss in losses.items()},
         {arm: ratio(losses["alone"] - losses[arm], tokens) for arm in ARMS[1:]},
+        ratio(losses["other_image"] - losses["pair"], tokens),
         len(captions),
         int(tokens.sum()),
         sum(caption.cut for caption in captions),

@@ -99,6 +99,7 @@ def test_losses_and_gains_are_those_of_rows_one_by_one(run, letters, captions, f
     for arm in ARMS[1:]:
         assert found.gain[arm].value == pytest.approx((summed["alone"] - summed[arm]) / tokens, abs=1e-3)
         assert found.gain[arm].standard_error > 0
+    assert found.picture.value == pytest.approx(found.gain["pair"].value - found.gain["other_image"].value)
     assert len({round(loss.value, 4) for loss in found.loss.values()}) == len(ARMS)  # the arms do differ
     json.dumps(found.to_json(), allow_nan=False)
 
