@@ -90,6 +90,32 @@ def test_padding_does_not_matter_to_text():
     np.testing.assert_array_equal(*texts)
 
 
+def test_aimv2s_text_is_that_of_late_fusion():
+    """With a linear connector, and patches that see what went before them: rows of the image, BOS, text, EOS."""
+    predictions, params = model_and_params("aimv2")
+    batch = pairs(4)
+    late = pixel_config("aimv2", model__family="late_fusion", data__rows="packed", image__positions=PATCHES)
+    late.row_length = PATCHES + ROW
+    late.model.connector.kind = "linear"
+    ahead = lambda name, value: np.concatenate([np.full((4, PATCHES), value, np.int32), batch[name]], axis=1)  # noqa: E731
+    place = np.tile(np.arange(PATCHES + ROW, dtype=np.int32), (4, 1))
+    fused = {
+        **batch,
+        "tokens": ahead("tokens", 3),
+        "segment_ids": ahead("segment_ids", 1),
+        "image_index": np.where(place < PATCHES, place, -1),
+        "attend_until": place + 1,
+        "positions": place,
+    }
+    model = models.build(late)
+    names = {name: params[name] for name in ("vision", "embed", "layers", "final_norm", "head")}
+    connector = {"out": {"kernel": params["projection"], "bias": np.zeros(24, np.float32)}}
+    assert jax.tree.map(np.shape, connector) == jax.tree.map(np.shape, model.abstract["connector"])
+    expected = jax.jit(model.hidden)({**names, "connector": connector}, fused)[0][:, PATCHES:]
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(predictions(params, batch)[1][real], expected[real], rtol=1e-4, atol=1e-5)
+
+
 def test_aim_is_the_network_of_its_description():
     """In numpy, float64, patch by patch and head by head."""
     predictions, params = model_and_params("aim")
