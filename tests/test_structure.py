@@ -15,6 +15,7 @@ FORBIDDEN = {
     "nmm_jax/models": ("nmm_jax.training", "nmm_jax.evaluation", "nmm_jax.scaling", "data_pipelines"),
     "nmm_jax/scaling": ("nmm_jax.evaluation", "data_pipelines"),
     "nmm_jax/training": ("nmm_jax.evaluation", "nmm_jax.train", "nmm_jax.evaluate"),
+    "nmm_jax/interop": ("nmm_jax.evaluation", "nmm_jax.train", "nmm_jax.evaluate", "nmm_jax.generate"),
     "nmm_jax/evaluation": ("nmm_jax.train", "nmm_jax.evaluate", "nmm_jax.generate", "nmm_jax.report"),
 }
 

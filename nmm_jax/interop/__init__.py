@@ -1,0 +1,1 @@
+"""Weights of other libraries in our runs, and ours in their layouts (docs/interop.md)."""
