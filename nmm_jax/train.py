@@ -7,6 +7,10 @@ A cooldown of any checkpoint of another run (a trunk, trained with schedule.cool
     python -m nmm_jax.train --config=configs/small.py --workdir=runs/cooled \\
         --config.trunk.workdir=runs/small --config.trunk.step=1000 --config.steps=1200 --config.schedule.cooldown=200
 
+From scratch but for the weights of other runs, our own or imported (training/start.py):
+
+    python -m nmm_jax.train --config=configs/late_fusion.py:small --config.start.vision=runs/clip --workdir=runs/late
+
 Batch t is rows [t * batch_rows, (t + 1) * batch_rows) of the stream, so the step is the whole position in the data.
 """
 
@@ -36,7 +40,7 @@ from nmm_jax.parallel.chips import peak_flops
 from nmm_jax.parallel.mesh import check_rows, make_mesh
 from nmm_jax.parallel.sharding import batch_sharding
 from nmm_jax.scaling.counting import count
-from nmm_jax.training import compatibility, metrics, preemption
+from nmm_jax.training import compatibility, metrics, preemption, start
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.progress import Progress, say
@@ -59,7 +63,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
         ensure_plans(config, "train")
     multihost_utils.sync_global_devices("plans are made")
     stream = Stream.open(config, "train")
-    if stream.tokenizer.vocab_size > config.model.vocab_size:
+    if stream.tokenizer.vocab_size > config.model.vocab_size and config.model.family != "aim":  # which reads no text
         raise ValueError(
             f"model.vocab_size = {config.model.vocab_size} has no room for the {stream.tokenizer.vocab_size} tokens of "
             f"data.tokenizer = {config.data.tokenizer!r}; make it at least as large"
@@ -72,29 +76,26 @@ def train(config: ConfigDict, workdir: str) -> bool:
     checkpoints = Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every)
     state, meta = _restore(config, checkpoints, stream, abstract)
     if state is None:
-        state = initial_state(model, optimizer, mesh, config.seed)
-    start = meta["step"]
+        state = initial_state(model, optimizer, mesh, config.seed, start.load(config, model, mesh))
+    first = meta["step"]
     seen = metrics.Seen.from_meta(meta["seen"], config.data.sources)
-    if start >= config.steps:
-        say(f"{workdir} is at step {start} of {config.steps}: there is nothing to do")
+    if first >= config.steps:
+        say(f"{workdir} is at step {first} of {config.steps}: there is nothing to do")
         checkpoints.close()
         return True
 
     writer = None
     if chief:
         _write_atomically(folder / "config.json", loading.to_json(config))
-        writer = metrics.Writer(folder, start, config.log.tensorboard)
+        writer = metrics.Writer(folder, first, config.log.tensorboard)
 
     began = time.perf_counter()
     step_fn = jit_step(model, optimizer, config, mesh).lower(abstract, _abstract_batch(config, mesh)).compile()
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     counts, peak = count(config), peak_flops(jax.devices()[0])
-    progress = Progress(start, config.steps, config.log.progress)
-    speed = metrics.Speed(
-        lambda tokens, pairs, images: counts.training_flops(tokens, pairs, images * config.image.positions),
-        peak and peak * mesh.size,
-    )
+    progress = Progress(first, config.steps, config.log.progress)
+    speed = metrics.Speed(counts.training_flops, peak and peak * mesh.size)
     in_flight: collections.deque[tuple[int, Any, float]] = collections.deque()
 
     def settle(ahead: int) -> None:
@@ -120,10 +121,10 @@ def train(config: ConfigDict, workdir: str) -> bool:
     stopped = False
     rows = local_rows(mesh, config.batch_rows).tolist()
     c = config.data
-    local = batches(stream, rows, config.batch_rows, start, c.workers, c.worker_kind, c.prefetch)
+    local = batches(stream, rows, config.batch_rows, first, c.workers, c.worker_kind, c.prefetch)
     profile = _Profile(config, folder)
     with jax.transfer_guard("disallow"):
-        for step in range(start + 1, config.steps + 1):
+        for step in range(first + 1, config.steps + 1):
             profile.before(step)
             asked = time.perf_counter()
             batch = next(local)

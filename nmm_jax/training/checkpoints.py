@@ -115,6 +115,18 @@ class Checkpoints:
         step = self._existing(step)
         return self._read(step, {"params": abstract_params})["params"], self.meta(step), step
 
+    def abstract_params(self, step: int) -> Any:
+        """Shapes and types of the parameters, as they were saved; reads none."""
+        saved = self._checkpointer.checkpointables_metadata(step).metadata["params"]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+
+    def restore_some(self, step: int, abstract_params: Any) -> Any:
+        """Some of the parameters: those in this tree, and nothing else is read."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._read(step, {"params": abstract_params})["params"]
+
     def path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
 
@@ -174,6 +186,20 @@ class Run:
     params: Any
     step: int
     mesh: Mesh
+
+    @property
+    def language_model(self) -> models.LanguageModel:
+        """The model, where text is asked of it.
+
+        Raises:
+          ValueError: the run is an encoder's.
+        """
+        if not isinstance(self.model, models.LanguageModel):
+            raise ValueError(
+                f"this run is an encoder (model.family = {self.config.model.family!r}) and writes no text; "
+                "python -m nmm_jax.evaluate measures what it does, and start.vision of another run takes its tower"
+            )
+        return self.model
 
 
 def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> Run:

@@ -1,8 +1,8 @@
 """What may differ between a checkpoint and the run that goes on from it.
 
 Anything about how a run is carried out may: the mesh, the number of processes and workers, steps, schedule,
-optimizer, checkpoints, logs. What decides the model's shape may not; what decides the data's order may, where
-data.accept_changed_plans says that it is meant.
+rates, checkpoints, logs. What decides the model's shape may not, nor what is frozen, which decides the optimizer's
+state; what decides the data's order may, where data.accept_changed_plans says that it is meant.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from configs.loading import flatten, from_json
 
 # Of the same parameters: other ways to compute with them, and to arrange the computation.
-_MODEL_FREE = (
+MODEL_FREE = (
     "model.attention", "model.remat", "model.scan_layers", "model.vocab_chunks", "model.dtype",
     "model.moe.balance_loss", "model.moe.z_loss", "model.moe.bias_rate", "model.moe.buffer_factor",
-    "model.moe.transport", "model.moe.grouped_matmul",
+    "model.moe.transport", "model.moe.grouped_matmul", "model.contrastive.max_scale", "model.aim.pixel_weight",
+    "model.deep.initial", "model.contrastive.scale", "model.contrastive.bias",  # only of the first weights
 )  # fmt: skip
 _MODEL_ALSO = ("image.size", "image.patch", "image.positions")
 _DATA_FREE = (
@@ -60,6 +61,12 @@ def check(meta: Mapping[str, Any], config: ConfigDict, fingerprints: Mapping[str
         raise IncompatibleCheckpoint(
             f"{where} holds another model: {'; '.join(model)}. Give the same values, or another --workdir"
         )
+    frozen = lines.get("optimizer.freeze")
+    if frozen:
+        raise IncompatibleCheckpoint(
+            f"{where} has the optimizer's state of other parameters: {frozen}. Give the same, or begin another run "
+            "with its weights (start.decoder, start.vision, start.connector)"
+        )
     data = [line for key, line in lines.items() if _is_data(key)]
     names = sorted({*meta["data"], *fingerprints})
     data += [f"{n} differs" for n in names if meta["data"].get(n) != fingerprints.get(n)]
@@ -72,7 +79,7 @@ def check(meta: Mapping[str, Any], config: ConfigDict, fingerprints: Mapping[str
 
 
 def _is_model(key: str) -> bool:
-    return key in _MODEL_ALSO or (key.startswith("model.") and key not in _MODEL_FREE)
+    return key in _MODEL_ALSO or (key.startswith("model.") and key not in MODEL_FREE)
 
 
 def _is_data(key: str) -> bool:

@@ -107,17 +107,18 @@ def _chunked_backward(chunks, saved, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def masked_sums(ce: Float[Array, "B S"], batch: dict[str, Array], num_sources: int) -> dict[str, Array]:
-    """Sums over a batch (or a microbatch of it) of loss_mask * ce and of loss_mask, in all and by source.
+def masked_sums(
+    losses: Float[Array, "B N"], mask: Float[Array, "B N"], source: Int[Array, "B #N"], num_sources: int
+) -> dict[str, Array]:
+    """Sums over a batch (or a microbatch of it) of mask * loss and of mask, in all and by source.
 
     A loss is a quotient of such sums over the whole global batch, never a mean of means.
 
     Returns:
       loss_sum, mask_sum: []; loss_sum_by_source, mask_sum_by_source: [num_sources].
     """
-    mask = batch["loss_mask"]
-    loss = mask * ce
-    of_source = batch["source"][..., None] == jnp.arange(num_sources)
+    loss = mask * losses
+    of_source = source[..., None] == jnp.arange(num_sources)
     return {
         "loss_sum": loss.sum(),
         "mask_sum": mask.sum(),

@@ -6,6 +6,10 @@ A model with experts has `moe/` keys too. Of this step: the router's losses (0 w
 (the busiest expert's tokens over its group's mean; the mean of layers), router_entropy (nats; the mean of tokens and
 layers) and tokens_per_expert (a list of experts for each layer that has them). Of the run so far: dropped_tokens.
 
+Late fusion has `vision/empty`: of the image slots that the vision tower went through in the run so far, the share that
+held no image. An objective of several terms has each one's loss, `loss_text` and `loss_pixels`; `loss` and
+`loss/<source>` are their weighted sums. What contrastive training tells is under `contrastive/`.
+
 Keys that start with `time/`, `speed/` or `memory/` depend on the machine; all others are the same to the bit
 whenever the same run is repeated or goes on from a checkpoint. After a restart the file tells the surviving
 trajectory: lines after the restored step, and a torn last line, are dropped first.
@@ -48,6 +52,7 @@ class Seen:
     tokens: dict[str, int]  # real positions by source
     images: int = 0
     dropped: int = 0  # (token, choice) pairs that found no room in a bounded buffer, in all layers
+    vision_slots: int = 0  # image slots that a vision tower went through, filled or not
 
     @classmethod
     def nothing(cls, sources: Sequence[str]) -> "Seen":
@@ -55,7 +60,8 @@ class Seen:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], sources: Sequence[str]) -> "Seen":
-        return cls({s: meta["tokens"].get(s, 0) for s in sources}, meta["images"], meta.get("dropped", 0))
+        tokens = {s: meta["tokens"].get(s, 0) for s in sources}
+        return cls(tokens, meta["images"], meta.get("dropped", 0), meta.get("vision_slots", 0))
 
     def to_meta(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,6 +70,7 @@ class Seen:
         for source, count in zip(self.tokens, metrics["tokens_by_source"], strict=True):
             self.tokens[source] += int(count)
         self.images += int(metrics["images"])
+        self.vision_slots += int(metrics["vision_slots"])
         if metrics["router"]:
             self.dropped += int(metrics["router"]["dropped_tokens"].sum())
 
@@ -116,12 +123,19 @@ def line(step: int, metrics: Fetched, seen: Seen, rates: Mapping[str, float]) ->
         "step": step,
         "loss": float(metrics["loss"]),
         **{f"loss/{source}": float(total / count) for source, total, count in sums if count > 0},
+        **(
+            {f"loss_{name}": float(loss) for name, loss in metrics["terms"].items()}
+            if len(metrics["terms"]) > 1
+            else {}
+        ),
         "learning_rate": float(metrics["learning_rate"]),
         "grad_norm": float(metrics["grad_norm"]),
         "param_norm": float(metrics["param_norm"]),
         "tokens": sum(seen.tokens.values()),
         **{f"tokens/{source}": count for source, count in seen.tokens.items()},
         "images": seen.images,
+        **({"vision/empty": 1 - seen.images / seen.vision_slots} if seen.vision_slots else {}),
+        **{name: float(value) for name, value in metrics["logged"].items()},
         **_of_router(metrics["router"], int(metrics["tokens_by_source"].sum()), seen.dropped),
         **rates,
     }

@@ -7,8 +7,12 @@ learning rate lr_t of the schedule with peak lr_peak:
 
 so the decay follows the schedule's shape but not the peak: weight_decay means the same at every learning rate
 (Loshchilov and Hutter 2019, arXiv:1711.05101; Wortsman et al. 2023, arXiv:2309.14322, call it independent).
+
+Of the vision tower both terms are multiplied by vision_scale: the code base of Shukor et al. (arXiv 2504.07951)
+divides the decay by the optimizer's initial rate, so that a group with a lower one decays less, too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,20 +25,33 @@ from nmm_jax.training.schedule import make_schedule
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The chain of `config.optimizer` and `config.schedule`; its updates are added to the parameters."""
     c = config.optimizer
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.scale_by_adam(c.beta1, c.beta2, c.eps),
         # The rate below multiplies this too, so what reaches the weights is weight_decay * lr_t / lr_peak.
         optax.add_decayed_weights(c.weight_decay / c.learning_rate, mask=lambda p: decayed(p, c.decay_exclude)),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
+    return chain if c.vision_scale == 1 else _scaled(chain, c.vision_scale, lambda name: name.startswith("vision/"))
 
 
 def decayed(params: Any, exclude: tuple[str, ...]) -> Any:
     """Which parameters decay: those whose path ("layers/mlp/up") holds none of the substrings `exclude`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not any(part in _name(path) for part in exclude), params)
 
-    def one(path: Any, _: Any) -> bool:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not any(part in name for part in exclude)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+def _scaled(
+    inner: optax.GradientTransformation, factor: float, chosen: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """`inner` with the updates of the parameters with `chosen` names times `factor`; the state is inner's."""
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(gradients, state, params)
+        scale = lambda path, x: x * factor if chosen(_name(path)) else x  # noqa: E731
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,6 +1,7 @@
 """The state of a run on the devices: {"step", "params", "opt_state"}, a pure pytree.
 
 The position in the data is the step, so this and the host's counters (training/checkpoints.py) are all there is.
+Frozen parameters (training/freezing.py) are among `params` and have no place in `opt_state`.
 """
 
 from typing import Any
@@ -8,21 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from nmm_jax.models import Model
+from nmm_jax.models.deep_fusion import with_copies
 from nmm_jax.parallel.sharding import param_shardings, replicated
+from nmm_jax.training import freezing
 
 State = dict[str, Any]
+Params = dict[str, Any]
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state's shapes, types and shardings; allocates nothing. The optimizer's moments lie as their parameters."""
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
-    moments = jax.eval_shape(optimizer.init, model.abstract)
+    moments = jax.eval_shape(optimizer.init, trainable(model, model.abstract))
     everywhere = replicated(mesh)
     opt_shardings = optax.tree.map_params(
-        optimizer, lambda _, s: s, moments, shardings, transform_non_params=lambda _: everywhere
+        optimizer, lambda _, s: s, moments, trainable(model, shardings), transform_non_params=lambda _: everywhere
     )
     shapes = {"step": jax.ShapeDtypeStruct((), jnp.int32), "params": model.abstract, "opt_state": moments}
     return jax.tree.map(
@@ -36,11 +41,39 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def initial_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
-    """The state before the first step, made in place: no device and no host ever holds more than its shards."""
+def trainable(model: Model, tree: Params) -> Params:
+    """Of a tree of the model's parameters those that its config trains."""
+    return freezing.split(tree, model.config.optimizer.freeze)[0]
 
-    def init() -> State:
-        params = model.init(jax.random.key(seed))
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
 
-    return jax.jit(init, out_shardings=shardings_of(abstract_state(model, optimizer, mesh)))()
+def initial_state(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, loaded: Params | None = None
+) -> State:
+    """The state before the first step, made in place: no device and no host ever holds more than its shards.
+
+    Args:
+      loaded: parameters to begin with instead of random ones (training/start.py). Their memory is given to the state,
+        and the random values that they replace are never made. One that is smaller fills the first rows and columns.
+    """
+
+    def init(loaded: Params) -> State:
+        params = _overlaid(model.init(jax.random.key(seed)), loaded)
+        if model.spec.deep and model.spec.deep.copied:
+            params = _overlaid(with_copies(params), loaded)
+        return {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "opt_state": optimizer.init(trainable(model, params)),
+        }
+
+    shardings = shardings_of(abstract_state(model, optimizer, mesh))
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(loaded or {})
+
+
+def _overlaid(params: Params, loaded: Params) -> Params:
+    """The parameters with the loaded ones in their places."""
+    flat = flatten_dict(params, sep="/")
+    for name, new in flatten_dict(loaded, sep="/").items():
+        old = flat[name]
+        flat[name] = new if new.shape == old.shape else jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+    return unflatten_dict(flat, sep="/")

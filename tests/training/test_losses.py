@@ -106,11 +106,14 @@ def test_chunks_are_chosen_by_size():
 
 def test_masked_sums_by_hand():
     ce = jnp.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    batch = {
-        "loss_mask": jnp.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]),
-        "source": jnp.array([[0, 0, 2], [2, 0, 1]], jnp.int8),
-    }
-    sums = masked_sums(ce, batch, 3)
+    mask = jnp.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    sums = masked_sums(ce, mask, jnp.array([[0, 0, 2], [2, 0, 1]], jnp.int8), 3)
     assert sums["loss_sum"] == 29 and sums["mask_sum"] == 4
     np.testing.assert_array_equal(sums["loss_sum_by_source"], [17, 0, 12])
     np.testing.assert_array_equal(sums["mask_sum_by_source"], [2, 0, 2])
+
+
+def test_masked_sums_of_rows_with_one_source():
+    sums = masked_sums(jnp.array([[1.0, 2.0], [4.0, 8.0]]), jnp.ones((2, 2)), jnp.array([[1], [0]], jnp.int8), 2)
+    np.testing.assert_array_equal(sums["loss_sum_by_source"], [12, 3])
+    np.testing.assert_array_equal(sums["mask_sum_by_source"], [2, 2])

@@ -11,6 +11,7 @@ from nmm_jax.training import metrics
 def fetched(**changes):
     values = {
         "loss": np.float32(0.1),
+        "terms": {"text": np.float32(0.1)},
         "loss_sum_by_source": np.array([3.0, 0.0], np.float32),
         "mask_sum_by_source": np.array([10.0, 0.0], np.float32),
         "learning_rate": np.float32(1e-3),
@@ -19,7 +20,9 @@ def fetched(**changes):
         "tokens_by_source": np.array([40, 60], np.int32),
         "images": np.int32(3),
         "attended_pairs": np.float32(500.0),
+        "vision_slots": np.int32(0),
         "router": {},
+        "logged": {},
     }
     return values | changes
 
@@ -61,8 +64,23 @@ def test_a_line_of_a_model_with_experts():
     }
 
 
+def test_a_line_of_late_fusion_of_two_terms_and_of_what_an_objective_tells():
+    changes = {
+        "vision_slots": np.int32(4),
+        "terms": {"text": np.float32(2.0), "pixels": np.float32(0.5)},
+        "logged": {"contrastive/scale": np.float32(14.0)},
+    }
+    seen = metrics.Seen({"captions": 0, "text": 0}, images=7, vision_slots=8)
+    seen.add(fetched(**changes))
+    line = metrics.line(5, fetched(**changes), seen, {})
+    assert line["vision/empty"] == 1 - 10 / 12
+    assert (line["loss_text"], line["loss_pixels"], line["contrastive/scale"]) == (2.0, 0.5, 14.0)
+    plain = metrics.line(5, fetched(), metrics.Seen({"captions": 0, "text": 0}), {})
+    assert not {"vision/empty", "loss_text"} & plain.keys()
+
+
 def test_seen_survives_a_checkpoint():
-    seen = metrics.Seen({"captions": 2**40, "text": 3}, images=7, dropped=1)
+    seen = metrics.Seen({"captions": 2**40, "text": 3}, images=7, dropped=1, vision_slots=9)
     meta = json.loads(json.dumps(seen.to_meta()))
     assert metrics.Seen.from_meta(meta, ("captions", "text")) == seen
 
