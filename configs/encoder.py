@@ -35,8 +35,8 @@ and FLOPs of training, of pairs with full rows, are computed by `describe`:
     aimv2-1b           2048 x 24      16      14      224       1,235.0 M     1,457.4 M        2,269 G     2.8e22
     aimv2-3b           3072 x 24      24      14      224       2,720.7 M     2,944.1 M        4,572 G     5.6e22
 
-Batch, steps and warm-up of clip-h and siglip are those of OpenCLIP's and big_vision's runs as remembered, not looked up:
-check them before spending on them.
+Batch, steps and warm-up of clip-h and siglip are those of OpenCLIP's and big_vision's runs as remembered, not looked
+up: check them before spending on them.
 
 `small` encoders are for 2 CPU cores and the captions that configs/small.py is about, with towers of the same size that
 configs/late_fusion.py:small,encoder=KIND and configs/mm1.py:small take: 400 steps of 64 pairs. Time, computed and not
