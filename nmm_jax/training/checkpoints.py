@@ -219,6 +219,12 @@ def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) ->
     if mesh is None:
         experts = model.spec.moe.experts if model.spec.moe else 1
         mesh = mesh_of({"fsdp": -1, "expert": math.gcd(experts, jax.device_count())})
+    there = checkpoints.abstract_params(checkpoints.meta(step)["step"])
+    if missing := sorted(model.abstract.keys() - there.keys()):
+        raise CheckpointError(
+            f"{workdir} holds {', '.join(sorted(there))} and no {', '.join(missing)}: a part of a model, to start from; "
+            f"name it in --config.start.{'vision' if 'vision' in there else 'decoder'} of a run"
+        )
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.abstract, shardings)
     params, _, step = checkpoints.restore_params(step, abstract)

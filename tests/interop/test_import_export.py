@@ -21,7 +21,7 @@ from nmm_jax.interop.errors import InteropError
 from nmm_jax.interop.export_weights import export_weights
 from nmm_jax.interop.import_weights import import_weights
 from nmm_jax.models.spec import Spec
-from nmm_jax.training.checkpoints import Checkpoints, open_run
+from nmm_jax.training.checkpoints import CheckpointError, Checkpoints, open_run
 from tests.tiny import get_config
 
 KINDS = {"clip": CLIP, "siglip": SIGLIP, "aimv2": AIMV2, "llama": LLAMA, "olmo2": OLMO2, "qwen3": QWEN3}
@@ -78,6 +78,13 @@ def test_an_imported_run_can_be_opened(tmp_path, capfd):
     assert run.step == 0 and "head" not in run.params
     assert not np.any(run.params["patches"]["kernel"])
     assert "zeros here: patches/bias, patches/kernel" in capfd.readouterr().err
+
+
+def test_an_imported_tower_is_no_whole_model(tmp_path):
+    make_folder(tmp_path / "theirs", CLIP)
+    import_weights(tmp_path / "theirs", tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds vision and no .*name it in --config.start.vision of a run"):
+        open_run(tmp_path / "run")
 
 
 def test_names_of_newer_and_older_versions(tmp_path):
