@@ -13,6 +13,7 @@ from data_pipelines.stream import HeldOut
 from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.evaluation.shuffled_images import donors, exchange
 from nmm_jax.evaluation.statistics import Estimate, ratio
+from nmm_jax.models.aim import PixelTextModel
 from nmm_jax.parallel.sharding import Constrain, replicated
 from nmm_jax.training.checkpoints import Run
 from nmm_jax.training.losses import cross_entropy
@@ -37,8 +38,9 @@ def make_row_sums(run: Run) -> RowSums:
     constrain, chunks = Constrain(run.mesh), run.config.model.vocab_chunks
 
     def row_sums(params: Any, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-        hidden, _ = run.language_model.hidden(params, batch, constrain=constrain)
-        ce, _ = cross_entropy(hidden, run.language_model.unembedding(params), batch["targets"], chunks)
+        model = run.model if isinstance(run.model, PixelTextModel) else run.language_model
+        hidden, _ = model.hidden(params, batch, constrain=constrain)
+        ce, _ = cross_entropy(hidden, model.unembedding(params), batch["targets"], chunks)
         return (batch["loss_mask"] * ce).sum(1), batch["loss_mask"].sum(1)
 
     return jax.jit(row_sums, out_shardings=replicated(run.mesh))
