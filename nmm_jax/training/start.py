@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -113,9 +114,8 @@ class _Source:
         # A layer's array is cut over the mesh as each of the periods' will be.
         targets = {name if period == 1 else _without_block(name): shardings[name] for name in wanted}
         asked = {
-            name: jax.ShapeDtypeStruct(x.shape, wanted_type, sharding=_divisible(targets[name], x.shape))
+            name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=_divisible(targets[name], x.shape))
             for name, x in arrays.items()
-            for wanted_type in ["float32"]
         }
         found = flatten_dict(self.checkpoints.restore_some(self.step, unflatten_dict(asked, sep="/")), sep="/")
         if sides:
@@ -240,4 +240,4 @@ def _regrouped(found: Flat, period: int) -> Flat:
 
 
 def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return "; ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -52,28 +52,36 @@ def initial_state(
     """The state before the first step, made in place: no device and no host ever holds more than its shards.
 
     Args:
-      loaded: parameters to begin with instead of random ones (training/start.py). Their memory is given to the state,
-        and the random values that they replace are never made. One that is smaller fills the first rows and columns.
+      loaded: parameters to begin with instead of random ones (training/start.py). One that is smaller fills the first
+        rows and columns; the memory of the others is given to the state.
+    """
+    flat, shapes = flatten_dict(loaded or {}, sep="/"), flatten_dict(model.abstract, sep="/")
+    whole = {name: x for name, x in flat.items() if x.shape == shapes[name].shape}
+    parts = {name: x for name, x in flat.items() if name not in whole}
+    return jit_initial_state(model, optimizer, mesh, seed)(whole, parts)
+
+
+def jit_initial_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> Any:
+    """(parameters, parts of parameters), both by name, -> the initial state with them.
+
+    Memory of the first is reused, and the compiler leaves out the random values that they replace.
     """
 
-    def init(loaded: Params) -> State:
+    def init(whole: Params, parts: Params) -> State:
+        loaded = whole | parts
         params = _overlaid(model.init(jax.random.key(seed)), loaded)
         if model.spec.deep and model.spec.deep.copied:
             params = _overlaid(with_copies(params), loaded)
-        return {
-            "step": jnp.zeros((), jnp.int32),
-            "params": params,
-            "opt_state": optimizer.init(trainable(model, params)),
-        }
+        opt_state = optimizer.init(trainable(model, params))
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
 
-    shardings = shardings_of(abstract_state(model, optimizer, mesh))
-    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(loaded or {})
+    return jax.jit(init, out_shardings=shardings_of(abstract_state(model, optimizer, mesh)), donate_argnums=0)
 
 
 def _overlaid(params: Params, loaded: Params) -> Params:
-    """The parameters with the loaded ones in their places."""
+    """The parameters with the loaded ones, by name, in their places."""
     flat = flatten_dict(params, sep="/")
-    for name, new in flatten_dict(loaded, sep="/").items():
+    for name, new in loaded.items():
         old = flat[name]
         flat[name] = new if new.shape == old.shape else jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
     return unflatten_dict(flat, sep="/")

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from configs import loading
 from nmm_jax import models
 from nmm_jax.parallel.batches import local_rows, to_global
 from nmm_jax.parallel.mesh import mesh_of
+from nmm_jax.training import freezing
+from nmm_jax.training import start as starting
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.state import abstract_state, initial_state, shardings_of
@@ -108,6 +111,47 @@ def test_accumulation_on_a_mesh(runs, start):
     assert float(metrics["loss"]) == pytest.approx(want_losses[0], rel=1e-6)
     for got, want in zip(gradients(state), gradients(want_first), strict=True):
         assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_frozen_parameters_on_a_mesh(runs, start):
+    """Their bits stay, and the others' gradients are those of a run that freezes nothing."""
+    config = tiny_config(optimizer__clip_norm=0.0, optimizer__freeze=("layers/attention*", "embed/*"))
+    model, optimizer, mesh = models.build(config), make_optimizer(config), mesh_named("fsdp 4, tensor 2")
+    state = initial_state(model, optimizer, mesh, config.seed)
+    state, _ = jit_step(model, optimizer, config, mesh)(state, to_global(fake_batch(config), mesh, 8))
+    first, moments = runs["1x1"][1], state["opt_state"][1].mu
+    wanted, frozen = freezing.split(first["opt_state"][1].mu, config.optimizer.freeze)
+    assert jax.tree.structure(moments) == jax.tree.structure(wanted)
+    for got, want in zip(jax.tree.leaves(moments), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    before, after = (freezing.split(s["params"], config.optimizer.freeze)[1] for s in (start, state))
+    assert len(jax.tree.leaves(before)) == len(jax.tree.leaves(frozen)) == 8
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    up = moments["layers"]["ffn"]["up"]
+    assert up.addressable_shards[0].data.size * 8 == up.size
+
+
+def test_weights_to_start_from_on_a_mesh(start, tmp_path):
+    """Each shard is read where it belongs; 61 tokens that tensor does not divide become the first of 64."""
+    there = tiny_config(model__vocab_size=61)
+    params = jax.tree.map(lambda x: np.full(x.shape, 7, np.float32), models.build(there).abstract)
+    checkpoints = Checkpoints(tmp_path)
+    state = jax.device_put({"step": np.int32(1), "params": params, "opt_state": np.zeros(3)})
+    checkpoints.save(1, state, {"config": loading.to_json(there), "data": {}})
+    checkpoints.close()
+    config = tiny_config(start__decoder=str(tmp_path))
+    model, optimizer, mesh = models.build(config), make_optimizer(config), mesh_named("fsdp 4, tensor 2")
+    loaded = starting.load(config, model, mesh)
+    abstract = abstract_state(model, optimizer, mesh)["params"]
+    up = loaded["layers"]["ffn"]["up"]
+    assert up.sharding == abstract["layers"]["ffn"]["up"].sharding and up.addressable_shards[0].data.size * 8 == up.size
+    params = initial_state(model, optimizer, mesh, config.seed, loaded)["params"]
+    assert jax.tree.map(lambda x: x.sharding, params) == shardings_of(abstract)
+    fresh = np.asarray(start["params"]["embed"]["tokens"])
+    want = np.concatenate([np.full((61, 32), 7, np.float32), fresh[61:]])
+    np.testing.assert_array_equal(params["embed"]["tokens"], want)
+    np.testing.assert_array_equal(params["patches"]["kernel"], start["params"]["patches"]["kernel"])
+    assert (np.asarray(params["layers"]["ffn"]["down"]) == 7).all()
 
 
 @pytest.mark.parametrize("name", MESHES)

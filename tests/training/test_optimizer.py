@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from configs import loading
 from nmm_jax.training.optimizer import decayed, make_optimizer
@@ -22,7 +23,7 @@ CONFIG = {
 }
 
 
-def by_hand(weights, gradients, decays):
+def by_hand(weights, gradients, decays, scales):
     """The loop of the module's docstring; weights and each gradient are lists of arrays."""
     w = [x.astype(np.float64) for x in weights]
     m, v = [0 * x for x in w], [0 * x for x in w]
@@ -37,21 +38,24 @@ def by_hand(weights, gradients, decays):
             m[i] = 0.8 * m[i] + 0.2 * g[i]
             v[i] = 0.9 * v[i] + 0.1 * g[i] ** 2
             direction = (m[i] / (1 - 0.8 ** (t + 1))) / (np.sqrt(v[i] / (1 - 0.9 ** (t + 1))) + 1e-3)
-            shrink = 1 - 0.1 * lr / peak if decays[i] else 1.0
-            w[i] = w[i] * shrink - lr * direction
+            shrink = 1 - scales[i] * 0.1 * lr / peak if decays[i] else 1.0
+            w[i] = w[i] * shrink - scales[i] * lr * direction
     return w
 
 
-def test_twelve_steps_by_hand():
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_twelve_steps_by_hand(scale):
+    """Of the vision tower both rate and decay are scaled; what is after "vision" in another path is not it."""
     rng = np.random.default_rng(0)
-    shapes = {"mlp": {"up": (4, 3)}, "norm": {"scale": (3,)}}
+    shapes = {"layers": {"vision": (4, 3)}, "norm": {"scale": (3,)}, "vision": {"up": (4, 3)}}
     make = lambda: jax.tree.map(  # noqa: E731
         lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
     )
     params, grads = make(), [make() for _ in range(12)]
-    want = by_hand(jax.tree.leaves(params), [jax.tree.leaves(g) for g in grads], [True, False])
+    want = by_hand(jax.tree.leaves(params), [jax.tree.leaves(g) for g in grads], [True, False, True], [1, 1, scale])
 
-    optimizer = make_optimizer(loading.load("configs/quickstart.py", CONFIG))
+    late = {"model.family": "late_fusion", "model.patch_positions": False, "optimizer.vision_scale": scale}
+    optimizer = make_optimizer(loading.load("configs/quickstart.py", CONFIG | late))
     state, w = optimizer.init(params), jax.tree.map(jnp.asarray, params)
     for g in grads:
         updates, state = optimizer.update(g, state, w)
