@@ -7,7 +7,7 @@
 McKinzie et al. 2024 (arXiv 2403.09611), section 3: image encoder and its objective, resolution, tokens an image,
 connector, share of captions against interleaved documents, share of text, synthetic captions. The base is late fusion
 (configs/mm1.py:small, narrower and less deep) from a CLIP tower of the same data, 64 pixels, 16 tokens an image,
-45/45/10. Captions are two sources, `captions` (sentences) and `emoji` (names), two positions to one. In all runs, early
+45/45/10. Captions are two sources, `captions` (sentences) and `emoji` (names, two positions to one). In all runs, early
 fusion's too, an image takes as many positions and stands between delimiters, unless that is the change: so rows are the
 very same. `scenes-*` are the families on the rendered scenes of configs/quickstart.py, where there is more to be seen.
 
@@ -22,15 +22,16 @@ from ml_collections import ConfigDict
 from configs import deep_fusion, encoder, late_fusion, mm1, quickstart
 
 FOLDER = "runs/ablations"  # of the runs; those that begin with another's encoder look for it here
-STEPS, ENCODER_STEPS = 600, 250
+STEPS, ENCODER_STEPS = 500, 250
 NEVER = 1e-6  # a weight that is one row of 10,000: the source is evaluated, and not trained on
 
 
 def _weights(captions: float, interleaved: float, text: float) -> tuple[float, ...]:
-    return tuple(max(w, NEVER) for w in (2 / 3 * captions, 1 / 3 * captions, interleaved, text))
+    return tuple(max(w, NEVER) for w in (1 / 3 * captions, 2 / 3 * captions, interleaved, text))
 
 
-EARLY = {"model.family": "early_fusion", "image.patch": 16, "model.patch_positions": True, "start.vision": ""}
+SCRATCH = {"start.vision": "", "optimizer.vision_scale": 1.0}
+EARLY = {"model.family": "early_fusion", "image.patch": 16, "model.patch_positions": True} | SCRATCH
 MOT = {"model.deep.modules": deep_fusion.ALL}
 COGVLM = {
     "data.image_attention": "causal",
@@ -53,7 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "encoder-siglip": {"encoder": "siglip"},
     "encoder-aim": {"encoder": "aim"},
     "encoder-aimv2": {"encoder": "aimv2"},
-    "encoder-none": {"start.vision": ""},
+    "encoder-none": SCRATCH,
     "pixels-32": {"image.size": 32},
     "pixels-96": {"image.size": 96},
     "tokens-36": {"image.positions": 36},
@@ -74,7 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "synthetic": {"data.root": "runs/ablations/data-synthetic"},
     "early": EARLY,
     "mot": EARLY | MOT,
-    "cogvlm": COGVLM | {"start.vision": "", "model.connector.downsample": 2},
+    "cogvlm": COGVLM | SCRATCH | {"model.connector.downsample": 2},
     "scenes-early": {},
     "scenes-late": {},
     "scenes-late-clip": {"start.vision": f"{FOLDER}/scenes-clip"},
@@ -132,6 +133,7 @@ def _real(kind: str) -> ConfigDict:
     c.model.vision.width, c.model.vision.depth, c.model.vision.ffn_width = 96, 2, 256 if kind == "aimv2" else 384
     c.model.connector.width = 96
     c.start.vision = f"{FOLDER}/{kind}"
+    c.optimizer.vision_scale = 0.25  # of a tower that was trained before
     c.batch_rows = 4
     c.schedule.warmup = 50
     c.checkpoint.every = 200
@@ -152,6 +154,7 @@ def _make_encoder(c: ConfigDict, kind: str) -> None:
     c.data.sources, c.data.weights = sources, (1.0,) * len(sources)
     c.data.image_delimiters = False
     c.start.vision = ""
+    c.optimizer.vision_scale = 1.0
     c.model.contrastive.width = c.model.aim.head_width = c.model.width
     c.model.aim.head_depth = 2
     if kind == "clip" and not c.model.vision.class_token:  # the tower of configs/late_fusion.py:quickstart

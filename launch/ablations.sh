@@ -29,4 +29,6 @@ for same in interleaved text tokenizer.json; do
 done
 
 [ -e runs/scenes/tokenizer.json ] || "$python" -m data_pipelines.scenes --output=runs/scenes --level=quickstart
+# Many runs are the same program on other data or from other weights: it is compiled once.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled}
 "$python" -m nmm_jax.sweep --config=configs/ablations.py --folder="$folder" --runs="$runs"
