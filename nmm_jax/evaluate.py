@@ -109,7 +109,8 @@ def evaluate_retrieval(run: Run) -> results.Results:
     """Recalls of all sources."""
     _require_held_out(run)
     held_out_plans(run)
-    return {s: retrieval.retrieve(run, Stream.held_out(run.config, s), s) for s in run.config.data.sources}
+    embed, config = retrieval.make_embed(run), run.config
+    return {s: retrieval.retrieve(run, embed, Stream.held_out(config, s), s) for s in config.data.sources}
 
 
 def evaluate_pixels(run: Run, rows: int) -> results.Results:

@@ -12,6 +12,7 @@ none of it, as a wrong candidate of equal cosine counts as nearer.
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,13 +45,27 @@ class Recalls:
         }
 
 
-def retrieve(run: Run, held_out: HeldOut, source: str) -> dict[str, Any]:
+Embed = Callable[[Any, dict[str, Array]], tuple[Float[Array, "B E"], Float[Array, "B E"]]]
+
+
+def make_embed(run: Run) -> Embed:
+    """(params, batch) -> embeddings of images and of texts; compiled once per batch shape."""
+    model, constrain = run.model, Constrain(run.mesh)
+    assert isinstance(model, ContrastiveModel)
+
+    def both(params: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
+        return model.embeddings(params, batch, constrain=constrain)[:2]
+
+    return jax.jit(both, out_shardings=replicated(run.mesh))
+
+
+def retrieve(run: Run, embed: Embed, held_out: HeldOut, source: str) -> dict[str, Any]:
     """Recalls both ways over a source's held-out pairs, MOST of them at most.
 
     Returns:
       {"pairs": int, "image_to_text", "text_to_image": {"recall@k": {"value", "standard_error", "chance"}}}
     """
-    images, texts, same = embed(run, held_out, source)
+    images, texts, same = embed_pairs(run, embed, held_out, source)
     cosines = images @ texts.T
     directions = {"image_to_text": recalls(cosines, same), "text_to_image": recalls(cosines.T, same)}
     return {"pairs": len(cosines)} | {name: found.to_json() for name, found in directions.items()}
@@ -71,24 +86,17 @@ def chance(right: Int[np.ndarray, "N"], candidates: int, k: int) -> Float[np.nda
     return 1 - np.prod(left / (candidates - drawn), axis=1)
 
 
-def embed(
-    run: Run, held_out: HeldOut, source: str
+def embed_pairs(
+    run: Run, embed: Embed, held_out: HeldOut, source: str
 ) -> tuple[Float[np.ndarray, "N E"], Float[np.ndarray, "N E"], Bool[np.ndarray, "N N"]]:
     """Embeddings of images and texts, and which pairs have the same picture or the same text. Pairs whose image could
     not be decoded are left out."""
-    model, constrain = run.model, Constrain(run.mesh)
-    assert isinstance(model, ContrastiveModel)
-
-    def both(params: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return model.embeddings(params, batch, constrain=constrain)[:2]
-
-    jitted = jax.jit(both, out_shardings=replicated(run.mesh))
     chosen = spread(MOST, len(held_out))
     images, texts, pictures, captions = [], [], [], []
     size = size_on(run.mesh, run.config.evaluation.batch_rows)
     for rows, real in fixed_batches(len(chosen), size, f"{source}, retrieval"):
         batch = held_out.batch(chosen[rows].tolist())
-        image, text = jax.device_get(jitted(run.params, place(batch, run.mesh)))
+        image, text = jax.device_get(embed(run.params, place(batch, run.mesh)))
         for b in np.flatnonzero(batch["image_mask"][:real, 0]):
             images.append(image[b])
             texts.append(text[b])
