@@ -122,6 +122,18 @@ def test_a_deep_model_begins_with_a_dense_decoder(decoder, capsys):
     assert not np.array_equal(params["patches/kernel"], saved["patches/kernel"])
 
 
+def test_what_images_have_for_themselves_is_taken_where_both_have_it(tmp_path):
+    """So a run goes on from a deep one, and the decoder inside a deep one is a dense one's beginning."""
+    deep = {"model__deep__modules": ("ffn", "norms")}
+    saved = save_run(tmp_path, tiny_config(**deep), 1)
+    both, dense = (load(tiny_config(**kind, start__decoder=str(tmp_path))) for kind in (deep, {}))
+    decoder = {name for name in saved if not name.startswith("patches/")}
+    images = {name for name in decoder if name.startswith(("layers/image/", "image_final_norm/"))}
+    assert images and both.keys() == decoder and dense.keys() == decoder - images
+    for name, x in both.items():
+        np.testing.assert_array_equal(x, saved[name], err_msg=name)
+
+
 def test_random_values_that_are_replaced_are_never_made():
     config = tiny_config()
     model = models.build(config)
