@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import deep_fusion, encoder, late_fusion, mm1, quickstart
 
 FOLDER = "runs/ablations"  # of the runs; those that begin with another's encoder look for it here
-STEPS, ENCODER_STEPS = 500, 250
+STEPS, ENCODER_STEPS = 300, 250
 NEVER = 1e-6  # a weight that is one row of 10,000: the source is evaluated, and not trained on
 
 
