@@ -222,7 +222,7 @@ def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) ->
     there = checkpoints.abstract_params(checkpoints.meta(step)["step"])
     if missing := sorted(model.abstract.keys() - there.keys()):
         raise CheckpointError(
-            f"{workdir} holds {', '.join(sorted(there))} and no {', '.join(missing)}: a part of a model, to start from; "
+            f"{workdir} holds {', '.join(sorted(there))} and no {', '.join(missing)}: a part of a model to start from; "
             f"name it in --config.start.{'vision' if 'vision' in there else 'decoder'} of a run"
         )
     shardings = param_shardings(model.abstract, model.logical_axes, mesh)
