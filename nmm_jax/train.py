@@ -119,9 +119,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
 
     stop = preemption.Preemption()
     stopped = False
-    rows = local_rows(mesh, config.batch_rows).tolist()
-    c = config.data
-    local = batches(stream, rows, config.batch_rows, first, c.workers, c.worker_kind, c.prefetch)
+    local = local_batches(config, stream, mesh, first)
     profile = _Profile(config, folder)
     with jax.transfer_guard("disallow"):
         for step in range(first + 1, config.steps + 1):
@@ -148,6 +146,14 @@ def train(config: ConfigDict, workdir: str) -> bool:
         writer.close()
     progress.close()
     return not stopped
+
+
+def local_batches(config: ConfigDict, stream: Stream, mesh: jax.sharding.Mesh, first: int) -> Any:
+    """An iterator over what this process's devices have of batch `first` and those behind it."""
+    c, rows = config.data, local_rows(mesh, config.batch_rows).tolist()
+    # What a tower between patches and decoder has to do is as much as there are images.
+    balanced_over = config.gradient_accumulation if config.model.family == "late_fusion" else 0
+    return batches(stream, rows, config.batch_rows, first, c.workers, c.worker_kind, c.prefetch, balanced_over)
 
 
 def _restore(

@@ -1,13 +1,20 @@
 """The training command: several processes, what it refuses, what it says."""
 
+import contextlib
 import re
 import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from data_pipelines import plan
+from data_pipelines.balance import arrange
+from data_pipelines.stream import Stream
+from nmm_jax.parallel.mesh import mesh_of
+from nmm_jax.train import local_batches
 from tests.data_pipelines import small_corpus
 from tests.training_runs import ROOT, command, environment, fails, lines, train
 
@@ -27,6 +34,22 @@ def short_run(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "short"
     train(corpus, workdir, "steps=2", "schedule.warmup=1", "log.tensorboard=true")
     return workdir
+
+
+def test_rows_are_dealt_out_by_their_images_where_there_is_a_tower(corpus):
+    config = small_corpus.config_for(corpus)
+    config.data.workers = 0
+    plan.ensure_plans(config, progress=False)
+    stream, mesh = Stream.open(config), mesh_of({}, jax.devices()[:1])
+
+    def images(family):
+        config.model.family = family
+        with contextlib.closing(local_batches(config, stream, mesh, 0)) as found:
+            return next(found)["image_mask"].sum(1)
+
+    as_they_come, dealt = images("early_fusion"), images("late_fusion")
+    np.testing.assert_array_equal(dealt, as_they_come[arrange(as_they_come)])
+    assert not np.array_equal(dealt, as_they_come)
 
 
 @pytest.mark.slow  # two programs for 8 devices are compiled

@@ -77,13 +77,16 @@ def image_documents(
 ) -> Int[np.ndarray, "R I"]:
     """Which document of the dataset each image slot of these rows is from; -1 for an empty slot.
 
-    Slots are filled in the order of a row's fragments. A document that is cut over rows keeps its number.
+    Slots are filled in the order of a row's fragments. A document that is cut over rows keeps its number. A pair whose
+    image could not be decoded has an empty one.
     """
     documents = np.full(image_mask.shape, -1, np.int64)
     for slots, row in zip(documents, rows, strict=True):
         fragments = plan[int(row)]
         of_images = np.repeat(fragments["document"], fragments["images"])
         slots[: len(of_images)] = of_images
+    if image_mask.shape[1] == 1:
+        documents[~image_mask] = -1
     assert ((documents >= 0) == image_mask).all(), "the plan and the rows built from it disagree about image slots"
     return documents
 

@@ -38,7 +38,8 @@ class Sampling:
 def writable(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, "V"]:
     """The tokens a model may write: text and EOS. Not the other special tokens, nor ids beyond the tokenizer's."""
     allowed = np.arange(vocab_size) < tokenizer.vocab_size
-    allowed[[tokenizer.pad, tokenizer.bos, tokenizer.image, tokenizer.boi, tokenizer.eoi]] = False
+    specials = np.array([tokenizer.pad, tokenizer.bos, tokenizer.image, tokenizer.boi, tokenizer.eoi])
+    allowed[specials[specials < vocab_size]] = False  # an imported model may have no room for all of them
     return allowed
 
 

@@ -24,12 +24,13 @@ from nmm_jax.parallel.sharding import Constrain
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-# What a layer keeps for its backward pass under model.remat = "minimal": the outputs of its large products and of
-# attention, and what crossed the network. Norms, rotary turns and the activation are computed again.
 QKV = ("query", "key", "value")
 MODULES = ("qkv", "out", "ffn", "norms")  # that modalities may have apart
 
-KEPT = ("query", "key", "value", "attended", "ffn_gate", "ffn_up", *EXCHANGED)
+# What a layer keeps for its backward pass under model.remat = "minimal": the outputs of its large products and of
+# attention, and what crossed the network. Norms, rotary turns and the activation are computed again.
+BLOCK_INPUT = "block_input"
+KEPT = (*QKV, "attended", "ffn_gate", "ffn_up", *EXCHANGED)
 
 
 class SelfAttention(nnx.Module):
@@ -272,6 +273,7 @@ def run_blocks(
         params, own = inputs
         kept, statistics = [], []
         for j in range(period):
+            x = checkpoint_name(x, BLOCK_INPUT)
             x, kept_here, of_router = layer(j, params, x, jax.tree.map(lambda a, j=j: a[j], own))
             kept.append(kept_here)
             statistics += [of_router] if of_router else []
@@ -294,3 +296,9 @@ def remat_policy(name: str) -> Callable[..., bool]:
     if name not in names:
         raise ValueError(f"model.remat = {name!r}; expected none, full, exchanges or minimal")
     return jax.checkpoint_policies.save_only_these_names(CHOICE, *names[name])
+
+
+def stack_policy(name: str) -> Callable[..., bool]:
+    """The same for a whole stack that is rematerialised from outside too: its layers' inputs are kept."""
+    kept = KEPT if name in ("minimal", "none") else ()
+    return jax.checkpoint_policies.save_only_these_names(CHOICE, BLOCK_INPUT, *kept)

@@ -11,6 +11,7 @@ out rows so that devices have about as many (data_pipelines/balance.py). benchma
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,15 @@ def map_filled(
     images: UInt8[Array, "B I height width 3"],
     image_mask: Bool[Array, "B I"],
     patches: int,
+    policy: Callable[..., bool],
     constrain: Constrain,
 ) -> tuple[Float[Array, "B I P D"], Int[Array, ""]]:
     """What `encode` makes of each slot's image, 0 in some of the empty ones; and how many slots it was computed for.
 
     Args:
       patches: of an image, that the tower computes.
+      policy: what of a part is kept for the backward pass. (Left to itself the conditional keeps what it reads too: a
+        copy of the tower's weights for every part.)
     """
     b, i = image_mask.shape
     devices = 1 if constrain.mesh is None else math.prod(constrain.mesh.shape[axis] for axis in BATCH_AXES)
@@ -60,6 +64,7 @@ def map_filled(
 
     shape = jax.eval_shape(encoded, padded[:, 0])
 
+    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def step(_, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         number, chosen = inputs
         empty = lambda _: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731

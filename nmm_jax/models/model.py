@@ -107,9 +107,16 @@ class LanguageModel(Model):
         if moe is None or moe.balance != "bias" or moe.modality == "fixed":
             return params
 
+        # Layers with experts come period by period; layers/block_j has every so many of them.
+        with_experts = [f"block_{j}" for j in range(self.spec.period) if self.spec.has_experts(j)]
+
         def move(path: Any, x: Array) -> Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return rebalanced(moe, x, expert_tokens) if name.endswith("ffn/router/bias") else x
+            if not name.endswith("ffn/router/bias"):
+                return x
+            block = name.split("/")[1]
+            first = with_experts.index(block) if block in with_experts else 0
+            return rebalanced(moe, x, expert_tokens[first :: len(with_experts)])
 
         return jax.tree_util.tree_map_with_path(move, params)
 

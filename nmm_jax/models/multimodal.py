@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from nmm_jax.models.attention import attention, masked_attention
 from nmm_jax.models.connectors import make_connector
-from nmm_jax.models.decoder import Block, run_blocks, stack_blocks
+from nmm_jax.models.decoder import Block, run_blocks, stack_blocks, stack_policy
 from nmm_jax.models.deep_fusion import ByModality, delimiters, modalities
 from nmm_jax.models.image_slots import map_filled
 from nmm_jax.models.layers import Norm, PatchEmbedding, TokenEmbedding, bias, rotary_tables, weight
@@ -130,7 +130,9 @@ class Multimodal(nnx.Module):
         def encode(images: Array) -> Array:
             return connect(self.vision(images, constrain))
 
-        found, computed = map_filled(encode, batch["images"], batch["image_mask"], vision.patches, constrain)
+        found, computed = map_filled(
+            encode, batch["images"], batch["image_mask"], vision.patches, stack_policy(vision.remat), constrain
+        )
         b, i, p, d = found.shape
         return found.reshape(b, i * p, d), {"vision_slots": computed}
 

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+from nmm_jax.models import build
 from nmm_jax.models.image_slots import map_filled, part_size
 from nmm_jax.parallel.sharding import Constrain
+from tests.fake_batches import fake_batch, tiny_config
+
+NOTHING = jax.checkpoint_policies.nothing_saveable
 
 
 def encode(images, w):
@@ -22,7 +27,7 @@ def test_filled_slots_get_their_own_images_and_gradients(rows, slots, share):
     weights = r.normal(size=(rows, slots, 4, 7)).astype(np.float32) * mask[:, :, None, None]
 
     def parts(w):
-        found, computed = map_filled(lambda x: encode(x, w), images, jnp.asarray(mask), 4, Constrain())
+        found, computed = map_filled(lambda x: encode(x, w), images, jnp.asarray(mask), 4, NOTHING, Constrain())
         return (found * weights).sum(), (found, computed)
 
     def whole(w):
@@ -41,3 +46,26 @@ def test_a_part_is_a_16th_of_few_slots_and_a_32nd_of_many():
     assert part_size(8, 64) == 1
     assert part_size(16 * 128, 729) == 64
     assert part_size(16 * 8, 729) == 6  # 4,374 patches
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "minimal"])
+def test_no_part_keeps_a_copy_of_the_weights(remat):
+    """A conditional in a loop hands what its branches read to the backward pass, once a turn, unless told not to."""
+    keys = {"model.family": "late_fusion", "model.patch_positions": False, "model.scan_layers": True}
+    keys |= {"model.vision.width": 64, "model.vision.depth": 3, "model.vision.heads": 4, "model.remat": remat}
+    config = tiny_config(**keys)
+    model = build(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, fake_batch(config))
+    program = jax.make_jaxpr(jax.grad(lambda params: model.hidden(params, batch)[0].sum()))(shapes)
+    parts = -(-config.batch_rows * config.image.per_row // part_size(config.batch_rows * config.image.per_row, 4))
+    weights = {(parts, *x.shape) for x in jax.tree.leaves(shapes["vision"]) if x.size > 64}
+    made = {v.aval.shape for v in _outputs(program.jaxpr)}
+    assert weights and not weights & made
+
+
+def _outputs(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jaxprs_in_params(equation.params):
+            yield from _outputs(inner)

@@ -232,3 +232,18 @@ def test_generation_equals_the_full_forward_pass(moe):
         position = lengths + step
         hidden, cache = decode(params, whole["tokens"][[0, 1], position], position, cache)
         np.testing.assert_allclose(hidden, expected[np.arange(2), position], rtol=1e-4, atol=2e-5)
+
+
+def test_biases_of_deep_layers_follow_their_own_tokens():
+    """Experts in every layer, weights for images in every second: a period of two blocks, both with experts."""
+    c = config(experts=4, balance="bias")
+    c.model.depth, c.model.deep.modules, c.model.deep.every = 4, ("qkv",), 2
+    model = build(c)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = (
+        jnp.zeros((4, 2, 4), jnp.int32).at[jnp.arange(4), 0, jnp.arange(4)].set(10)
+    )  # all of layer i chose expert i
+    found = model.rebalanced(params, jnp.asarray(tokens))["layers"]
+    for layer in range(4):
+        moved = found[f"block_{layer % 2}"]["ffn"]["router"]["bias"][layer // 2]
+        assert int(jnp.argmin(moved)) == layer and float(moved.max()) > 0
