@@ -146,7 +146,9 @@ def base() -> ConfigDict:
     c.optimizer.beta2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 1e-4  # fully decoupled: w <- w (1 - weight_decay * lr_t / lr_peak)
-    c.optimizer.decay_exclude = ("norm", "bias", "positions")  # substrings of parameter paths
+    c.optimizer.decay_exclude = (  # substrings of parameter paths: all that is no matrix
+        "norm", "bias", "positions", "class_token", "delimiters", "queries", "probe", "contrastive/scale",
+    )  # fmt: skip
     c.optimizer.clip_norm = 1.0  # 0 is off
     c.optimizer.z_loss = 0.0
     c.optimizer.vision_scale = 1.0  # of the learning rate and decay of the vision tower

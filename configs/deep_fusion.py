@@ -20,8 +20,9 @@ those weights, the adapter and the two vectors: 6.476 + 0.143 = 6.619 B paramete
 
 Stage 1: 120,000 steps, warm-up 12,000, peak 1e-4, a cosine (here to 0: the paper does not say), decay 0.05 of the rate,
 224 pixels, resized without a crop. Its 8,192 pairs a batch are here 1,152 rows of up to 7 pairs. `cogvlm-17b,size=490`
-is like the end of stage 2: 490 pixels, 30,000 steps at 1e-5, its 1,024 pairs in 352 rows of up to 3. CogVLM2's recipe
-is not published: it has stage 1's, with up to 3 images in a row of 8,192.
+is like the end of stage 2: 490 pixels, 30,000 steps at 1e-5, its 1,024 pairs in 352 rows of up to 3.
+`cogvlm-17b,every=4` is the paper's ablation with a visual expert in every 4th layer only. CogVLM2's recipe is not
+published: it has stage 1's, with up to 3 images in a row of 8,192.
 
     name          parameters    trained     tower    adapter    visual expert   FLOPs a position*
     cogvlm-17b       17.64 B     6.62 B    4.28 B     142.6M          6.476 B             39.3 G
@@ -54,17 +55,14 @@ NAMES = (
 EXPERT = ("qkv", "out", "ffn")  # CogVLM's visual expert
 ALL = (*EXPERT, "norms")  # Mixture-of-Transformers
 
-# All but the visual expert, the adapter and the vectors around an image.
-FROZEN = ("embed/*", "layers/attention*", "layers/ffn*", "final_norm/*", "head/*", "vision/*")
-
 
 def get_config(argument: str = "cogvlm-17b"):
-    """argument: NAME or NAME,STEPS; names are NAMES. cogvlm-17b has the option size=490."""
-    options = {"size": ("224", "490")} if argument.startswith("cogvlm-17b") else {}
+    """argument: NAME or NAME,STEPS; names are NAMES. cogvlm-17b has the options size=490 and every=2, 4, 8."""
+    options = {"size": ("224", "490"), "every": ("1", "2", "4", "8")} if argument.startswith("cogvlm-17b") else {}
     name, steps, chosen = parse(argument, "configs/deep_fusion.py", NAMES, options)
     kind, _, size = name.partition("-")
     if name in COGVLM:
-        c = _cogvlm(name, int(chosen.get("size", 224)))
+        c = _cogvlm(name, int(chosen.get("size", 224)), int(chosen.get("every", 1)))
         c.steps = steps or c.steps
         c.schedule.warmup = min(c.schedule.warmup, c.steps // 4)
     elif kind == "mot":
@@ -75,7 +73,7 @@ def get_config(argument: str = "cogvlm-17b"):
     return c.lock()
 
 
-def _cogvlm(name: str, size: int) -> ConfigDict:
+def _cogvlm(name: str, size: int, every: int) -> ConfigDict:
     c = base()
     c.steps = 120_000
     c.batch_rows = 1_152
@@ -95,11 +93,10 @@ def _cogvlm(name: str, size: int) -> ConfigDict:
     vision.ffn, vision.bias, vision.norm_eps, vision.norm_position = "gelu", True, 1e-6, "post"
     vision.class_token, vision.final_norm = True, False
     _visual_expert(c)
-    model.deep.initial = "copy"
+    model.deep.initial, model.deep.every = "copy", every
 
     c.optimizer.learning_rate = 1e-4
-    c.optimizer.freeze = FROZEN
-    c.optimizer.decay_exclude = encoder.DECAY_EXCLUDE
+    c.optimizer.freeze = _frozen(every)
     c.schedule.kind = "cosine"
     c.schedule.warmup = 12_000
     c.checkpoint.every = 1_000
@@ -114,6 +111,12 @@ def _cogvlm(name: str, size: int) -> ConfigDict:
     c.image.positions = (c.image.size // c.image.patch // model.connector.downsample) ** 2
     c.optimizer.weight_decay = 0.05 * c.optimizer.learning_rate
     return c
+
+
+def _frozen(every: int) -> tuple[str, ...]:
+    """All but the visual expert, the adapter and the vectors around an image."""
+    layers = "layers" if every == 1 else "layers/block_?"  # layers of several kinds are stacked apart
+    return ("embed/*", f"{layers}/attention*", f"{layers}/ffn*", "final_norm/*", "head/*", "vision/*")
 
 
 def _visual_expert(c: ConfigDict) -> None:

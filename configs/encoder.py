@@ -60,7 +60,6 @@ PIXELS = {
     "aim": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "aimv2": CLIP_PIXELS,
 }
-DECAY_EXCLUDE = ("norm", "bias", "positions", "class_token", "delimiters", "contrastive/scale")
 
 # What the towers of a kind have in common; all else is as in configs/base.py.
 KINDS: dict[str, dict[str, Any]] = {
@@ -140,7 +139,6 @@ def set_objective(c: ConfigDict, kind: str) -> None:
         contrastive = c.model.contrastive
         contrastive.loss, contrastive.pooling, contrastive.text_attention = "sigmoid", "attention", "bidirectional"
         contrastive.scale, contrastive.max_scale, contrastive.bias = 10.0, 0.0, -10.0
-    c.optimizer.decay_exclude = DECAY_EXCLUDE
     c.schedule.kind = "cosine"
 
 

@@ -72,7 +72,6 @@ def _of_paper(size: str, steps: int | None) -> ConfigDict:
     c.model.width, c.model.vision.width, c.optimizer.learning_rate = SIZES[size]
     c.model.vision.qk_norm = "full"
     c.optimizer.vision_scale = 0.01
-    c.optimizer.decay_exclude = encoder.DECAY_EXCLUDE
     return c
 
 
@@ -86,5 +85,4 @@ def _on_cpu(name: str) -> ConfigDict:
     if name == "small":
         c.image.patch = 8
         c.model.connector.kind = "average"
-    c.optimizer.decay_exclude = encoder.DECAY_EXCLUDE
     return c

@@ -405,6 +405,11 @@ def _validate_connector(config: ConfigDict) -> None:
     image, connector = config.image, config.model.connector
     kind, side = connector.kind, image.size // image.patch
     _require(
+        image.per_row > 0,
+        "image.per_row = 0 leaves the vision tower nothing to see; make room for an image, or take model.family = "
+        "'early_fusion'",
+    )
+    _require(
         connector.downsample == 1 or kind == "glu",
         f"model.connector.downsample = {connector.downsample} is of kind 'glu' alone; make it 1 for {kind!r}",
     )

@@ -77,7 +77,6 @@ def get_config(argument: str = "3b"):
     c.model.connector.kind = chosen.get("connector", "c_abstractor")
     c.steps = steps or c.steps
     c.model.family = "late_fusion"
-    c.optimizer.decay_exclude = encoder.DECAY_EXCLUDE
     c.schedule.kind = "cosine"
     c.schedule.warmup = min(c.schedule.warmup, c.steps // 4)
     c.schedule.final_ratio = 0.1

@@ -3,9 +3,10 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import deep_fusion, early_fusion, encoder, late_fusion, mm1, moe, quickstart, small
+from configs import deep_fusion, early_fusion, encoder, late_fusion, loading, mm1, moe, quickstart, small
 from configs.base import base
 from configs.loading import validate
+from nmm_jax.models import decoder
 
 KEYS = """
 batch_rows checkpoint.every checkpoint.keep checkpoint.keep_every data.accept_changed_plans data.caption_order
@@ -56,7 +57,7 @@ def test_option_surface():
         *(mm1.get_config(argument) for argument in (*mm1.SIZES, "small", "small,encoder=aim-small,size=96,tokens=36")),
         *(late_fusion.get_config(size) for size in (*late_fusion.SIZES, *late_fusion.CPU)),
         *(late_fusion.get_config(f"small,encoder={kind}") for kind in encoder.KINDS),
-        *(deep_fusion.get_config(name) for name in (*deep_fusion.NAMES, "cogvlm-17b,size=490")),
+        *(deep_fusion.get_config(name) for name in (*deep_fusion.NAMES, "cogvlm-17b,size=490,every=4")),
         *(encoder.get_config(name) for name in encoder.TOWERS),
     ],
 )
@@ -73,6 +74,10 @@ def test_an_encoders_tower_is_that_of_the_late_fusion_that_starts_from_it():
         assert mm1.get_config(f"small,encoder={kind}-small").model.vision == used.model.vision
         for key in ("size", "patch", "mean", "std"):
             assert trained.image[key] == used.image[key]
+
+
+def test_modules_of_deep_fusion_are_those_that_the_decoder_has():
+    assert loading.DEEP_MODULES == decoder.MODULES
 
 
 def test_mm1s_recipe_and_choices():

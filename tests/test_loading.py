@@ -141,6 +141,7 @@ VISION, DEEP_KEY, CONNECTOR = "model.vision.", "model.deep.", "model.connector."
         (LATE, {CONNECTOR + "downsample": 2}, "downsample = 2 is of kind 'glu' alone"),
         (LATE, {CONNECTOR + "kind": "attention", CONNECTOR + "heads": 3}, "width = 128 is no multiple of .*heads = 3"),
         (LATE, {"image.positions": 0}, "image.positions = 0; an image in a row has at least one position"),
+        (LATE, {"image.per_row": 0}, "image.per_row = 0 leaves the vision tower nothing to see"),
         (LATE, {"data.rows": "pairs"}, "data.rows = 'pairs' is for encoders .*; 'late_fusion' takes 'packed'"),
         (DEEP, {CONNECTOR + "downsample": 3}, "downsample = 3 does not divide the 8 patches"),
         (DEEP, {DEEP_KEY + "modules": ("qvk",)}, "'qvk' is none of qkv, out, ffn, norms; did you mean 'qkv'"),

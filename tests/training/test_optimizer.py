@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import loading
+from configs.base import base
+from nmm_jax import models
 from nmm_jax.training.optimizer import decayed, make_optimizer
 
 CONFIG = {
@@ -82,3 +85,31 @@ def test_exclusions_are_substrings_of_paths():
         "layers": {"attention_norm": {"scale": False}, "mlp": {"up": True}},
         "patches": {"bias": False, "kernel": True},
     }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "encoder.py:clip-small",
+        "encoder.py:siglip-small",
+        "encoder.py:aim-small",
+        "deep_fusion.py:cogvlm-small",
+        "mm1.py:small,connector=attention",
+    ],
+)
+def test_only_matrices_decay(config):
+    config = loading.load(f"configs/{config}")
+    model = models.build(config)
+    decays = flatten_dict(decayed(model.abstract, config.optimizer.decay_exclude), sep="/")
+    axes, arrays = (flatten_dict(tree, sep="/") for tree in (model.logical_axes, model.abstract))
+    vectors = {name for name, x in arrays.items() if x.ndim - ("layers" in axes[name]) < 2}
+    vectors |= {name for name in arrays if name.endswith(("positions", "queries"))}
+    assert not {name for name in vectors if decays[name]}
+    assert all(
+        decays[name] for name in arrays if name.endswith(("kernel", "query", "out", "up", "down", "embed/tokens"))
+    )
+
+
+def test_early_fusion_decays_as_by_norms_biases_and_positions():
+    tree = models.build(loading.load("configs/moe.py:275m-8e")).abstract
+    assert decayed(tree, base().optimizer.decay_exclude) == decayed(tree, ("norm", "bias", "positions"))
