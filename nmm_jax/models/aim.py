@@ -190,30 +190,3 @@ def pixels_of(spec: Spec) -> int:
 def to_pixels(x: Float[Array, "B P D"], kernel: nnx.Param) -> Float[Array, "B P pixels"]:
     """Float32, whatever the type of the computation: pixels are what the loss takes."""
     return jnp.matmul(x, kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def parameters(spec: Spec) -> dict[str, int]:
-    """Parameters beside the vision tower's, the decoder's stack and its embeddings: by part, by arithmetic."""
-    assert spec.vision
-    if spec.family == "aimv2":
-        return {"projection": spec.vision.width * spec.width, "pixel_head": spec.width * pixels_of(spec)}
-    stack = head_stack(spec)
-    norm = stack.width * (1 + stack.bias)
-    biases = stack.width + stack.ffn_width * _wide(stack) if stack.bias else 0
-    norms = stack.depth * (norm + biases) + norm
-    return {"pixel_head": products(spec) + norms}
-
-
-def products(spec: Spec) -> int:
-    """Of those, the parameters that are multiplied with every patch: two FLOPs each, forwards."""
-    assert spec.vision
-    if spec.family == "aimv2":
-        return sum(parameters(spec).values())
-    stack = head_stack(spec)
-    block = (_wide(stack) + 1) * stack.width * stack.ffn_width
-    return spec.vision.width * stack.width + stack.depth * block + stack.width * pixels_of(spec)
-
-
-def _wide(stack: StackSpec) -> int:
-    """Matrices of a feed-forward layer that go to its inner width."""
-    return 2 if stack.ffn == "swiglu" else 1

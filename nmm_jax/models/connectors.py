@@ -43,43 +43,10 @@ class Connector(nnx.Module):
 
 
 def make_connector(spec: ConnectorSpec, *, rngs: nnx.Rngs) -> Connector:
-    """The connector of a spec.
-
-    Raises:
-      ValueError: as `check`.
-    """
-    check(spec)
+    """The connector of a spec, whose numbers fit each other (configs/loading.py has looked)."""
+    if spec.kind in ("linear", "mlp", "glu"):
+        assert spec.positions == (spec.side // spec.downsample) ** 2, spec
     return KINDS[spec.kind](spec, rngs=rngs)
-
-
-def check(spec: ConnectorSpec) -> None:
-    """Raises ValueError, naming the config's keys, where the numbers of a connector do not fit each other."""
-    name = f"model.connector.kind = {spec.kind!r}"
-    if spec.kind not in KINDS:
-        raise ValueError(f"{name}; expected one of {', '.join(KINDS)}")
-    if spec.downsample != 1 and spec.kind != "glu":
-        raise ValueError(f"{name} has no model.connector.downsample, and it is {spec.downsample}; make it 1")
-    grid = f"image.size / image.patch = {spec.side} patches along an edge"
-    if spec.side % spec.downsample:
-        raise ValueError(f"{grid} do not divide by model.connector.downsample = {spec.downsample}")
-    kept = (spec.side // spec.downsample) ** 2
-    if spec.kind in ("linear", "mlp", "glu") and spec.positions != kept:
-        by = f" and model.connector.downsample = {spec.downsample}" if spec.downsample > 1 else ""
-        raise ValueError(
-            f"{name} makes {kept} positions of {grid}{by}, and image.positions = {spec.positions}; make it {kept}, or "
-            "take a connector that is free in it: average, attention or c_abstractor"
-        )
-    free = spec.kind in ("average", "c_abstractor")
-    if free and (math.isqrt(spec.positions) ** 2 != spec.positions or spec.positions > spec.side**2):
-        raise ValueError(
-            f"{name} makes a square of positions of {grid}, and image.positions = {spec.positions}; make it a square "
-            f"number up to {spec.side**2}"
-        )
-    if spec.kind == "attention" and spec.width % spec.heads:
-        raise ValueError(
-            f"model.connector.width = {spec.width} does not divide into model.connector.heads = {spec.heads} (where "
-            "they are 0, they are model.vision.width and model.vision.heads)"
-        )
 
 
 class Linear(nnx.Module):
@@ -368,22 +335,9 @@ def squares(x: Float[Array, "N S S C"], edge: int) -> Float[Array, "N S/edge S/e
     return x.reshape(n, side // edge, side // edge, edge * edge * channels)
 
 
-def parameters(spec: ConnectorSpec) -> int:
-    """How many a connector has."""
-    products = sum(inputs * outputs + has_bias * outputs for _, inputs, outputs, has_bias in _products(spec))
-    width, patches = spec.width, spec.side**2
-    if spec.kind == "attention":
-        norms = 1 + (2 if spec.depth == 1 else 3 * spec.depth)
-        return products + spec.positions * width + norms * 2 * width
-    if spec.kind == "c_abstractor":
-        norms = 2 * spec.depth * 3 + (spec.inputs != width)
-        return products + patches * spec.inputs + norms * 2 * width + 2 * spec.depth * 9 * width
-    return products + (2 * spec.outputs if spec.kind == "glu" else 0)
-
-
 def flops(spec: ConnectorSpec) -> int:
     """Of one image, forward: two for each multiply-add of a product or convolution; averages count nothing."""
-    total = sum(2 * rows * inputs * outputs for rows, inputs, outputs, _ in _products(spec))
+    total = sum(2 * rows * inputs * outputs for rows, inputs, outputs in _products(spec))
     patches, positions = spec.side**2, spec.positions
     if spec.kind == "attention":
         keys = patches if spec.depth == 1 else patches + positions
@@ -393,44 +347,44 @@ def flops(spec: ConnectorSpec) -> int:
     return total
 
 
-def _products(spec: ConnectorSpec) -> Iterator[tuple[int, int, int, bool]]:
-    """Rows of one image that a matrix is multiplied with, its inputs and outputs, and whether it has a bias."""
+def _products(spec: ConnectorSpec) -> Iterator[tuple[int, int, int]]:
+    """Rows of one image that a matrix is multiplied with, its inputs and outputs."""
     patches, positions = spec.side**2, spec.positions
     inputs, width, outputs = spec.inputs, spec.width, spec.outputs
     if spec.kind in ("linear", "average"):
-        yield positions, inputs, outputs, True
+        yield positions, inputs, outputs
     elif spec.kind == "mlp":
-        yield positions, inputs, width, True
-        yield positions, width, outputs, True
+        yield positions, inputs, width
+        yield positions, width, outputs
     elif spec.kind == "attention":
         if inputs != width:
-            yield patches, inputs, width, False
+            yield patches, inputs, width
         for _ in range(spec.depth):
             keys = patches if spec.depth == 1 else patches + positions
             for rows in (positions, keys, keys, positions):
-                yield rows, width, width, True
+                yield rows, width, width
             if spec.depth > 1:
-                yield positions, width, 4 * width, True
-                yield positions, 4 * width, width, True
-        yield positions, width, outputs, True
+                yield positions, width, 4 * width
+                yield positions, 4 * width, width
+        yield positions, width, outputs
     elif spec.kind == "c_abstractor":
         for stage, rows in enumerate((patches, positions)):
             for block in range(spec.depth):
                 entering = width if stage or block else inputs
-                yield rows, entering, width, False
-                yield 1, width, _squeezed(entering), True
-                yield 1, _squeezed(entering), width, True
-                yield rows, width, width, False
+                yield rows, entering, width
+                yield 1, width, _squeezed(entering)
+                yield 1, _squeezed(entering), width
+                yield rows, width, width
                 if entering != width:
-                    yield rows, entering, width, False
-        yield positions, width, outputs, True
-        yield positions, outputs, outputs, True
+                    yield rows, entering, width
+        yield positions, width, outputs
+        yield positions, outputs, outputs
     elif spec.kind == "glu":
         if spec.downsample > 1:
-            yield positions, spec.downsample**2 * inputs, inputs, True
-        yield positions, inputs, outputs, False
+            yield positions, spec.downsample**2 * inputs, inputs
+        yield positions, inputs, outputs
         for _ in ("gate", "up", "down"):
-            yield positions, outputs, width, False
+            yield positions, outputs, width
 
 
 def _stack(

@@ -10,8 +10,8 @@ import pytest
 from configs.base import base
 from configs.loading import ConfigError, validate
 from nmm_jax import models
-from nmm_jax.models.aim import parameters, products
 from nmm_jax.models.spec import Spec
+from tests.parameter_formulas import of_pixels
 from tests.pixel_models import PATCHES, ROW, pairs, pixel_config
 
 # Row i: which patches what patch i predicts depends on, behind a prefix of 4 (x), worked by hand.
@@ -184,7 +184,7 @@ def mlp(x, ffn):
 def test_parameters_counted_are_those_there_are(family, overrides):
     model = models.build(pixel_config(family, **overrides))
     size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    counted = parameters(model.spec)
+    counted = of_pixels(model.spec)
     assert counted == {name: size(model.abstract[name]) for name in counted}
     assert set(model.abstract) - set(counted) == (
         {"vision"} if family == "aim" else {"vision", "embed", "layers", "final_norm", "head"}
@@ -197,8 +197,8 @@ def test_the_published_head():
     c.model.family, c.image.positions = "aim", 0
     c.model.vision.width, c.model.vision.heads, c.model.vision.ffn = 1536, 12, "gelu"
     spec = Spec.from_config(c)
-    assert products(spec) == 1536 * 2048 + 12 * 2 * 2048 * 8192 + 2048 * 588 == 407_003_136
-    assert parameters(spec) == {"pixel_head": 407_003_136 + 13 * 2048}
+    assert 1536 * 2048 + 12 * 2 * 2048 * 8192 + 2048 * 588 == 407_003_136
+    assert of_pixels(spec) == {"pixel_head": 407_003_136 + 13 * 2048}
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import pytest
 
 from configs import deep_fusion, early_fusion, encoder, late_fusion, loading, mm1, moe, quickstart, small
 from configs.base import base
-from nmm_jax.models import aim, build, connectors
+from nmm_jax.models import build
 from nmm_jax.models.spec import Spec
 from nmm_jax.scaling.counting import count, memory
 from nmm_jax.training import freezing
 from tests.hlo_flops import flops
+from tests.parameter_formulas import of_connector, of_pixels
 
 PAPER = {"275m": 274.8, "464m": 464.0, "932m": 931.7, "1.6b": 1626.8, "2.3b": 2279.9, "3.4b": 3354.2, "8b": 8129.1}
 
@@ -68,6 +69,10 @@ def test_cogvlm():
     trained = {name for name, n in counts.trainable_parts.items() if n}
     assert trained == {"visual_expert", "connector", "delimiters"}
     assert memory(deep_fusion.get_config("cogvlm-17b"))["optimizer"] == 8 * counts.trainable_parameters
+    fourth = count(deep_fusion.get_config("cogvlm-17b,every=4"))
+    assert fourth.parts == counts.parts | {"visual_expert": counts.parts["visual_expert"] // 4}
+    assert {name for name, n in fourth.trainable_parts.items() if n} == trained
+    assert fourth.trainable_parts["visual_expert"] == fourth.parts["visual_expert"]
 
 
 # Millions of the vision towers, from the weights that are published: of Hugging Face's openai/clip-vit-base-patch16 and
@@ -86,7 +91,7 @@ def test_encoders(name):
         assert parts["vision_tower"] / 1e9 == pytest.approx(NAMES[name], rel=0.24)
     spec = Spec.from_config(encoder.get_config(name))
     if spec.family != "contrastive":
-        assert {k: v for k, v in parts.items() if k in ("projection", "pixel_head")} == aim.parameters(spec)
+        assert {k: v for k, v in parts.items() if k in ("projection", "pixel_head")} == of_pixels(spec)
 
 
 def formula(config):
@@ -111,7 +116,7 @@ def formula(config):
         own = n // spec.deep.every * sum(weights[m] for m in spec.deep.modules) + d * ("norms" in spec.deep.modules)
     delimiters = 2 * d * spec.delimiter_vectors
     return {"vision_tower": tower, "visual_expert": own, "all": text + tower + own + delimiters} | {
-        "connector": connectors.parameters(spec.connector)
+        "connector": of_connector(spec.connector)
     }
 
 
