@@ -133,13 +133,14 @@ def held_out_plans(run: Run) -> dict[str, Plan]:
 
 
 def _require_held_out(run: Run) -> None:
+    other = "" if run.config.model.family in TASKS_OF else ", or evaluate with --tasks=questions alone"
     for source in run.config.data.sources:
         folder = pathlib.Path(run.config.data.root) / source
         splits = store.read_card(folder)["splits"]
         if not splits.get(store.HELD_OUT, {}).get("documents"):
             raise ValueError(
                 f"source {source!r} has no held-out documents: {folder} has {sorted(splits)}. Convert it again with a "
-                "larger --held_out=FRACTION of documents set apart, or evaluate with --tasks=questions alone"
+                f"larger --held_out=FRACTION of documents set apart{other}"
             )
 
 

@@ -12,7 +12,7 @@ Prints a table and writes a page that needs nothing else, and RUN/evaluation/rou
 
     Statistics. null is what is not defined: an expert without tokens has no share of images, a source without
     images no entropy of theirs. {…} has text, image and what is said of both.
-    rows, tokens {…}         that were routed
+    rows, tokens {…}         that were routed; boi and eoi are of the modality that model.delimiter_weights says
     expert_tokens {…}        [L,E] tokens by expert; one that goes to k experts counts at each
     dropped                  [L] share of those that found no room in a bounded buffer
     load {…, all}            [L,E] the same, as shares of a layer
@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jinja2
 import numpy as np
 from absl import app, flags, logging
@@ -43,6 +44,7 @@ from nmm_jax.evaluation.batching import fixed_batches, place, size_on
 from nmm_jax.evaluation.held_out import spread
 from nmm_jax.evaluation.restored import RunFlags
 from nmm_jax.evaluation.routing import Counts, Experts, statistics
+from nmm_jax.models.deep_fusion import IMAGE, TEXT, modalities
 from nmm_jax.parallel.sharding import Constrain, replicated
 from nmm_jax.training.checkpoints import Run
 
@@ -89,7 +91,9 @@ def make_route(run: Run) -> Route:
 
     def route(params: Any, batch: dict[str, Array]) -> dict[str, Array]:
         _, aux = run.language_model.hidden(params, batch, constrain=constrain)
-        return {name: aux[name] for name in ("expert_tokens", "router_entropy", "dropped_tokens")}
+        modality = modalities(run.model.spec, batch)
+        tokens = jnp.stack([(modality == each).sum() for each in (TEXT, IMAGE)])
+        return {name: aux[name] for name in ("expert_tokens", "router_entropy", "dropped_tokens")} | {"tokens": tokens}
 
     return jax.jit(route, out_shardings=replicated(run.mesh))
 
@@ -101,14 +105,12 @@ def count(run: Run, route: Route, source: str, held_out: HeldOut, rows: int) -> 
     for indices, real in fixed_batches(len(chosen), size_on(run.mesh, run.config.evaluation.batch_rows), source):
         batch = held_out.batch(chosen[indices[:real]].tolist(), rows=len(indices))  # filled up with rows of padding
         found = jax.device_get(route(run.params, place(batch, run.mesh)))
-        image = batch["image_index"] >= 0
-        text = (batch["segment_ids"] > 0) & ~image
         parts.append(
             Counts(
                 found["expert_tokens"].astype(np.int64),
                 found["router_entropy"].astype(np.float64),
                 found["dropped_tokens"].astype(np.int64),
-                np.array([text.sum(), image.sum()]),
+                found["tokens"].astype(np.int64),
                 real,
             )
         )

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -101,6 +102,35 @@ def test_every_token_of_the_documents_is_counted_once_for_each_choice(run, found
             total[modality] += expected[modality]
     assert found["all"]["tokens"] == total
     assert found["sources"]["text"]["tokens"]["image"] == 0 < total["image"]
+
+
+@pytest.mark.parametrize("delimiters, of_images", [("text", 0), ("boi_image", 1), ("image", 2)])
+def test_delimiters_count_as_the_router_takes_them(delimiters, of_images):
+    """Two images of 4 positions, each between delimiters."""
+    keys = {"data.image_delimiters": True, "model.delimiter_weights": delimiters, "model.moe.modality": "grouped"}
+    config = loading.load("configs/quickstart.py", {**TINY, **keys, "model.moe.top_k": 1})
+    model = models.build(config)
+    mesh = make_mesh(config)
+    p, rows = config.image.positions, config.row_length
+    index = np.full((1, rows), -1, np.int32)
+    index[0, 2 : 2 + p], index[0, 4 + p : 4 + 2 * p] = np.arange(p), p + np.arange(p)
+    length = 8 + 2 * p
+    inside = np.arange(rows)[None] < length
+    size, slots = config.image.size, config.image.per_row
+    batch = {
+        "tokens": np.zeros((1, rows), np.int32),
+        "segment_ids": inside.astype(np.int32),
+        "positions": np.arange(rows, dtype=np.int32)[None],
+        "attend_until": np.arange(1, rows + 1, dtype=np.int32)[None],
+        "image_index": index,
+        "images": np.zeros((1, slots, size, size, 3), np.uint8),
+        "image_mask": np.arange(slots)[None] < 2,
+    }
+    run = Run(config, model, model.init(jax.random.key(0)), 0, mesh)
+    found = routing.make_route(run)(run.params, batch)
+    images = 2 * (p + of_images)
+    assert found["tokens"].tolist() == [length - images, images]
+    assert found["expert_tokens"].sum(-1).tolist() == [[length - images, images]] * 2
 
 
 def test_an_untrained_router_is_undecided_and_blind(found):

@@ -30,6 +30,7 @@ from nmm_jax.training.checkpoints import Run
 
 LONGEST = 48  # tokens of a caption; the same for all models, so that they are measured on the same tokens
 LEAST = 3  # captions that the arms are made of
+LOOKED_AT = 16  # documents for each caption that is asked for, at most
 ARMS = ("alone", "pair", "text", "other_image")
 
 
@@ -73,14 +74,24 @@ def room(geometry: Geometry) -> int:
 
 
 def select(dataset: Dataset | Sequence[Document], tokenizer: Tokenizer, longest: int, count: int) -> list[Caption]:
-    """At most `count` of the documents of one image and one text, spread evenly; texts of at most `longest` tokens."""
-    found = [i for i, document in enumerate(dataset) if len(document.images) == len(document.texts) == 1]
-    captions = []
-    for nth in spread(count, len(found)) if found else ():
-        document = dataset[found[nth]]
-        text = beginning(document.texts[0], tokenizer, longest)
-        captions.append(Caption(document.images[0], text, len(tokenizer.encode(text)), text != document.texts[0]))
-    return [caption for caption in captions if caption.tokens]
+    """At most `count` of the documents of one image and one text; texts of at most `longest` tokens.
+
+    First `count` documents spread evenly, then others in a random order that is always the same, until enough are found
+    or LOOKED_AT times as many have been read.
+    """
+    first = spread(count, len(dataset))
+    others = np.setdiff1d(np.arange(len(dataset)), first)
+    order = np.concatenate([first, np.random.default_rng(0).permutation(others)])
+    found: dict[int, Caption] = {}
+    for i in order[: LOOKED_AT * count].tolist():
+        if len(found) == count:
+            break
+        document = dataset[i]
+        if len(document.images) == len(document.texts) == 1:
+            text = beginning(document.texts[0], tokenizer, longest)
+            if tokens := len(tokenizer.encode(text)):
+                found[i] = Caption(document.images[0], text, tokens, text != document.texts[0])
+    return [found[i] for i in sorted(found)]
 
 
 def beginning(text: str, tokenizer: Tokenizer, longest: int) -> str:

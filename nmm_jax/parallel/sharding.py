@@ -31,7 +31,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "mlp_act": "tensor",
 }
 
-# What a user changes when an axis does not divide.
+# What a user changes when an axis does not divide: of the decoder, and of what else there is, by how names begin.
 _KEYS = {
     "vocab": "model.vocab_size",
     "embed": "model.width",
@@ -39,6 +39,26 @@ _KEYS = {
     "kv_heads": "model.kv_heads",
     "mlp": "model.ffn_width",
     "expert": "model.moe.experts",
+}
+_TOWER = {
+    "embed": "model.vision.width",
+    "heads": "model.vision.heads",
+    "kv_heads": "model.vision.heads",
+    "mlp": "model.vision.ffn_width",
+}
+_KEYS_OF: dict[str, dict[str, str]] = {
+    "vision/": _TOWER,
+    "pooling/": _TOWER,
+    "connector/": {
+        "embed": "model.vision.width, model.connector.width, model.width",
+        "heads": "model.connector.heads",
+        "kv_heads": "model.connector.heads",
+        "mlp": "model.connector.width",
+    },
+    "contrastive/image": _TOWER,
+    "projection": {"mlp": "model.vision.width"},
+    "pixel_head/inputs": {"embed": "model.aim.head_width", "mlp": "model.vision.width"},
+    "pixel_head/": {"embed": "model.aim.head_width", "mlp": "model.aim.head_width"},
 }
 
 Axes = tuple[str | None, ...]
@@ -81,9 +101,8 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
             axis = RULES.get(name)
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 parameter = jax.tree_util.keystr(path, simple=True, separator="/")
-                key = _KEYS.get(str(name), str(name))
-                if parameter.startswith("vision/"):
-                    key = key.replace("model.", "model.vision.").replace("kv_heads", "heads")
+                own = next((keys for start, keys in _KEYS_OF.items() if parameter.startswith(start)), {})
+                key = (_KEYS | own).get(str(name), str(name))
                 raise ValueError(
                     f"parameter {parameter} {array.shape}: its axis {name!r} of size {size} does not divide over "
                     f"mesh.{axis} = {mesh.shape[axis]}; change {key} or mesh.{axis}"

@@ -137,7 +137,9 @@ class _Source:
         if not wanted:
             names = "/*, ".join(PARTS[self.part])
             raise StartError(f"{self.key}: the model of this config has no {self.part} (no parameters {names}/*)")
+        depths = _depth(self.arrays), _depth(wanted)
         problems = {
+            "of another depth": ["{} layers there, {} here".format(*depths)] if depths[0] != depths[1] else [],
             "not there": [n for n in wanted if n not in there],
             "left over": [n for n in there if n not in wanted],
             "of another shape": [
@@ -210,6 +212,11 @@ def _period(flat: Mapping[str, Any]) -> int:
 def _without_block(name: str) -> str:
     first, *others = name.split("/")
     return "/".join([first, *others[1:]]) if others and others[0].startswith("block_") else name
+
+
+def _depth(flat: Mapping[str, Any]) -> int:
+    """Layers of a decoder; 0 where there is none."""
+    return next((_period(flat) * x.shape[0] for name, x in flat.items() if name.startswith("layers/")), 0)
 
 
 def _in_periods(flat: Mapping[str, jax.ShapeDtypeStruct], period: int) -> Flat:

@@ -9,7 +9,7 @@ from data_pipelines.geometry import Geometry
 from data_pipelines.images import to_eval
 from nmm_jax import models
 from nmm_jax.evaluation import in_context
-from nmm_jax.evaluation.held_out import make_row_sums
+from nmm_jax.evaluation.held_out import make_row_sums, spread
 from nmm_jax.evaluation.in_context import ARMS, Caption
 from nmm_jax.parallel.mesh import make_mesh
 from nmm_jax.training.checkpoints import Run
@@ -117,6 +117,28 @@ def test_selection(letters, noise):
     assert [caption.text for caption in found[1:]] == ["ab"] * 6
     assert len(in_context.select(documents, letters, 5, 3)) <= 3
     assert in_context.select(documents[2:3], letters, 5, 3) == []
+
+
+def test_no_more_documents_are_read_than_are_needed(letters, noise):
+    class Read(list):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    def documents(every):
+        """A caption and then texts, again and again; with 0 texts alone."""
+        captions = (every and i % every == 0 for i in range(500))
+        return Read(Document(str(i), "s", (noise(0), str(i)) if c else ("abc",)) for i, c in enumerate(captions))
+
+    read = []
+    assert len(in_context.select(documents(1), letters, 9, 5)) == 5
+    assert read == spread(5, 500).tolist()
+    chosen = []
+    for every, count, found, most in ((3, 20, 20, 100), (3, 20, 20, 100), (0, 5, 0, 16 * 5)):
+        read = []
+        chosen.append(in_context.select(documents(every), letters, 9, count))
+        assert len(chosen[-1]) == found and len(set(read)) == len(read) <= most
+    assert chosen[0] == chosen[1]
 
 
 def test_a_text_is_cut_before_whitespace():

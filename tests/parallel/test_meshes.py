@@ -68,6 +68,27 @@ def test_dimensions_that_do_not_divide(axes, shape, message):
         param_shardings(abstract, {"layer": {"kernel": axes}}, FakeMesh(fsdp=4, expert=3, tensor=2))
 
 
+@pytest.mark.parametrize(
+    "name, axis, key",
+    [
+        ("vision/layers/ffn/up", "mlp", "model.vision.ffn_width"),
+        ("pooling/attention/key", "kv_heads", "model.vision.heads"),
+        ("connector/down/kernel", "embed", "model.vision.width, model.connector.width, model.width"),
+        ("connector/layer_0/cross/attention/query", "heads", "model.connector.heads"),
+        ("contrastive/image", "embed", "model.vision.width"),
+        ("contrastive/text", "embed", "model.width"),
+        ("projection", "mlp", "model.vision.width"),
+        ("pixel_head/inputs", "mlp", "model.vision.width"),
+        ("pixel_head/layers/ffn/up", "embed", "model.aim.head_width"),
+        ("pixel_head", "embed", "model.width"),
+    ],
+)
+def test_the_key_that_does_not_divide_is_the_parameters_own(name, axis, key):
+    size = {name: jax.ShapeDtypeStruct((9,), "float32")}
+    with pytest.raises(ValueError, match=f"parameter {name} .*; change {key} or mesh"):
+        param_shardings(size, {name: (axis,)}, FakeMesh(fsdp=4, tensor=2))
+
+
 def test_an_axis_without_a_rule():
     with pytest.raises(ValueError, match=r"\['experts_of_mine'\] have no rule"):
         spec(("embed", "experts_of_mine"))

@@ -198,6 +198,16 @@ def test_runs_that_are_not_there_and_parts_that_are_not_asked_for(encoder, decod
     fails(CheckpointError, r"no checkpoint of step 4; it has \[3, 5\]", **LATE, start__vision=f"{encoder[0]}@4")
     fails(start.StartError, r"model of this config has no connector \(no", start__connector=str(decoder[0]))
     fails(start.StartError, "not there: vision/class_token", **LATE, start__vision=str(decoder[0]))
+    deep = {"model__deep__modules": ("ffn",), "model__deep__every": 2}
+    fails(start.StartError, "of another depth: 4 layers there, 6 here", model__depth=6, start__decoder=str(decoder[0]))
+    save_run(tmp_path, tiny_config(model__depth=5), 1)
+    fails(
+        start.StartError,
+        r"of another depth: 5 layers there, 4 here\nGive",
+        **deep,
+        model__depth=4,
+        start__decoder=str(tmp_path),
+    )
     fails(start.StartError, "model.vocab_size = 40 .here 39", model__vocab_size=39, start__decoder=str(decoder[0]))
 
 
