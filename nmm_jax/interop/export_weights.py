@@ -69,6 +69,8 @@ def export_weights(
     say(f"{checkpoints.path(step)} as {target.kind}")
     for line in summary(shapes.keys() - {rule.ours for rule in rules}):
         say(f"left out: {line}, which has no place there")
+    for note in target.notes:
+        say(f"not there: {note}")
 
     pieces: dict[str, list[tuple[Rule, Axes, tuple[int, ...]]]] = {}  # of ours that their tensors are made of, in order
     known = pixel_axes(config.image.patch)

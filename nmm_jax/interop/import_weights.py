@@ -162,6 +162,12 @@ def _adopt_tokenizer(source: pathlib.Path, target: pathlib.Path, model: Source) 
         say(f"{source} is not taken over ({str(e)[:200]}); give data.tokenizer another")
         return
     vocabulary = model.config.model.vocab_size
+    for name in ("bos", "eos"):
+        if model.tokens[name] is not None and tokenizer.SPECIALS[name] in added:
+            say(
+                f"WARNING: {tokenizer.SPECIALS[name]} is new to the model: its own, {model.tokens[name]}, has another "
+                f"of these tasks, or {source.name} lacks it"
+            )
     say(f"{target}: {size:,} tokens, of which added: {' '.join(added) or 'none'}")
     if size > vocabulary:
         say(

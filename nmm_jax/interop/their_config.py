@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.base import base
+from configs.encoder import PIXELS
 from configs.loading import ConfigError, validate
 from nmm_jax.interop.errors import InteropError
 from nmm_jax.interop.layouts import DECODERS, TOWERS, Layout, llava
@@ -20,10 +21,8 @@ from nmm_jax.interop.tensors import read_json
 from nmm_jax.models.spec import Spec
 
 Json = dict[str, Any]
+GENERATION = "generation_config.json"
 LONGEST_ROW = 4_096  # of an imported config: the length that a model allows, up to this
-
-CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ _TEXT_ALONE = {
     "image.positions": 1,
     "image.per_row": 0,
 }
-_PIXELS = {"clip_vision_model": CLIP_PIXELS, "siglip_vision_model": HALF, "aimv2_vision_model": CLIP_PIXELS}
+_PIXELS = {f"{kind}_vision_model": PIXELS[kind] for kind in ("clip", "siglip", "aimv2")}
 _PROCESSORS = {"siglip_vision_model": "SiglipImageProcessor"}
 
 _DECODER_KEYS = {
@@ -159,6 +158,7 @@ _DEFAULTS = dict(
     vocab_size=32_000, hidden_size=4_096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None,
     head_dim=None, intermediate_size=11_008, rms_norm_eps=1e-6, tie_word_embeddings=False, hidden_act="silu",
     attention_bias=False, mlp_bias=False, max_position_embeddings=2_048, rope_theta=10_000.0,
+    bos_token_id=1, eos_token_id=2, pad_token_id=None,
 )  # fmt: skip
 
 
@@ -185,10 +185,12 @@ def _decoder(qk_norm: str, position: str = "pre", experts: bool = False, **defau
 
 DECODER_FORMS = {
     "llama": _decoder("none"),
-    "olmo2": _decoder("full", "post", vocab_size=50_304, rms_norm_eps=1e-5),
+    "olmo2": _decoder(
+        "full", "post", vocab_size=50_304, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=50_279, pad_token_id=1,
+    ),
     "qwen3": _decoder(
         "head", vocab_size=151_936, intermediate_size=22_016, num_key_value_heads=32, head_dim=128,
-        max_position_embeddings=32_768,
+        max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None,
     ),
     "mixtral": _decoder(
         "none", experts=True, intermediate_size=14_336, num_key_value_heads=8, rms_norm_eps=1e-5, num_local_experts=8,
@@ -211,6 +213,12 @@ _LLAVA = Form(
         multimodal_projector_bias=True, image_token_index=32_000,
     ),
 )  # fmt: skip
+
+# LLaVA takes features before the tower's last norm, so whether there is one is `write`'s to see.
+_LLAVA_TOWERS = {
+    kind: dataclasses.replace(form, ours={k: v for k, v in form.ours.items() if k != "model.vision.final_norm"})
+    for kind, form in TOWER_FORMS.items()
+}
 
 # Models with a tower among other things, of which the tower is taken.
 _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "aimv2": "aimv2_vision_model"}
@@ -245,7 +253,7 @@ def read(folder: pathlib.Path) -> Source:
     kind = _kind(theirs, path)
     values: dict[str, Any] = {}
     notes: list[str] = []
-    text = theirs
+    text, decoder = theirs, kind
     if kind in (*_WHOLE, *TOWER_FORMS):
         tower = _WHOLE.get(kind, kind)
         own = theirs.get("vision_config", {}) if kind in _WHOLE else theirs
@@ -270,10 +278,32 @@ def read(folder: pathlib.Path) -> Source:
         validate(config)
     except (ConfigError, TypeError) as e:
         raise InteropError(f"{path} makes no config of ours: {e}") from e
-    ids = {name: text.get(f"{name}_token_id", theirs.get(f"{name}_token_id")) for name in ("bos", "eos", "pad")}
+    ids = _special_ids(folder, decoder, text, theirs)
     if kind == "llava":
-        ids["image"] = theirs.get("image_token_index", theirs.get("image_token_id", 32_000))
-    return Source(kind, config, layout, {name: _first(i) for name, i in ids.items()}, tuple(notes))
+        ids["image"] = theirs.get(
+            "image_token_index", theirs.get("image_token_id", _LLAVA.defaults["image_token_index"])
+        )
+    if decoder in DECODER_FORMS:
+        notes += [
+            f"WARNING: there is no {name}_token_id, nor in {GENERATION}, so {what} with a token that this model has "
+            "never seen; if it has one, write its id there and import again"
+            for name, what in (("bos", "texts begin"), ("eos", "texts end"))
+            if ids[name] is None
+        ]
+    return Source(kind, config, layout, ids, tuple(notes))
+
+
+def _special_ids(folder: pathlib.Path, decoder: str, *places: Json) -> dict[str, int | None]:
+    """Of bos, eos and pad: what config.json says, else generation_config.json; where both are silent, the default."""
+    defaults = DECODER_FORMS[decoder].defaults if decoder in DECODER_FORMS else {}
+    if (folder / GENERATION).is_file():
+        places = (*places, read_json(folder / GENERATION))
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        key = f"{name}_token_id"
+        said = [_first(place[key]) for place in places if key in place] or [defaults.get(key)]
+        ids[name] = next((i for i in said if i is not None), None)
+    return ids
 
 
 def _first(token: Any) -> int | None:
@@ -380,8 +410,8 @@ def _llava(theirs: Json, values: Mapping[str, Any], path: pathlib.Path) -> dict[
         )
     found = _values(_LLAVA, theirs, path)
     found["model.vision.feature_layer"] = layer = layer if layer < 0 else layer - depth - 1
-    if layer == -1 and values["model.vision.class_token"]:
-        found["model.vision.final_norm"] = False  # CLIP's last features are those before its norm
+    if layer == -1:
+        found["model.vision.final_norm"] = False  # features of a layer, also the last, are those before the norm
     strategy, wanted = (
         said["vision_feature_select_strategy"],
         "default" if values["model.vision.class_token"] else "full",
@@ -428,6 +458,7 @@ class Target:
     layout: Layout
     config: Json  # theirs
     processor: Json  # preprocessor_config.json; {} for a model without images
+    notes: tuple[str, ...] = ()  # what is not there and no tensor of ours tells
 
 
 def write(config: ConfigDict, tokens: Mapping[str, int | None], dtype: str) -> Target:
@@ -452,13 +483,18 @@ def write(config: ConfigDict, tokens: Mapping[str, int | None], dtype: str) -> T
         kind = _fitting(TOWER_FORMS, config, spec)
         own = {"architectures": [_architecture(kind)], **_their_tower(kind, config, spec), **general}
         return Target(kind, TOWERS[kind], own, _processor(kind, config))
-    tower, decoder = _fitting(TOWER_FORMS, config, spec), _fitting(_decoders(config), config, spec)
+    tower, decoder = _fitting(_LLAVA_TOWERS, config, spec), _fitting(_decoders(config), config, spec)
+    assert spec.vision
     problems = _in_the_way(_LLAVA, config, spec)
+    if spec.vision.final_norm and spec.vision.layers_used == spec.vision.depth:
+        problems.append(
+            f"model.vision.final_norm = True (needs False: with model.vision.feature_layer = "
+            f"{config.model.vision.feature_layer} the features there are those before that norm)"
+        )
     if spec.connector and spec.connector.width != spec.width:
         problems.append(f"model.connector.width = {spec.connector.width} (needs model.width = {spec.width})")
     if problems:
         raise InteropError(f"this config does not fit the layout llava: {'; '.join(problems)}")
-    assert spec.vision
     own = {
         "architectures": [_architecture("llava")],
         "model_type": "llava",
@@ -472,7 +508,10 @@ def write(config: ConfigDict, tokens: Mapping[str, int | None], dtype: str) -> T
         **_LLAVA.theirs,
         **general,
     }
-    return Target("llava", llava(tower, decoder), own, _processor(tower, config))
+    notes = (
+        () if spec.vision.final_norm else ("the tower's norm behind its last layer, which is used for nothing there",)
+    )
+    return Target("llava", llava(tower, decoder), own, _processor(tower, config), notes)
 
 
 def _architecture(kind: str) -> str:

@@ -38,11 +38,13 @@ def run(module, *arguments):
 
 
 @pytest.mark.slow
-def test_import_generate_export(tmp_path):
-    make_folder(tmp_path / "theirs", LLAMA)
+@pytest.mark.parametrize("vocabulary", [40, 13])  # 13 is the tokenizer's own: no room for those that are added
+def test_import_generate_export(tmp_path, vocabulary):
+    make_folder(tmp_path / "theirs", LLAMA | dict(vocab_size=vocabulary))
     words(tmp_path / "theirs" / "tokenizer.json")
     said = run("interop.import_weights", f"--input={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}").stderr
     assert "17 tokens, of which added: <|pad|> <|image|> <|boi|> <|eoi|>" in said
+    assert (f"the model knows {vocabulary} of them" in said) == (vocabulary < 17)
     assert run("generate", f"--workdir={tmp_path / 'run'}", "--prompt=a b c", "--max_tokens=5").stdout.strip()
     out = tmp_path / "out"
     arguments = [f"--workdir={tmp_path / 'run'}", f"--output={out}", "--dtype=bfloat16", "--max_shard=5KB"]

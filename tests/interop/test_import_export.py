@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import loading
 from nmm_jax import models
+from nmm_jax.interop import their_config
 from nmm_jax.interop.errors import InteropError
 from nmm_jax.interop.export_weights import export_weights
 from nmm_jax.interop.import_weights import import_weights
@@ -40,7 +41,8 @@ def same(a, b):
         assert x.dtype == b[name].dtype and x.tobytes() == b[name].tobytes(), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Llama is in the default tests by LLaVA, and by those below.
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "llama" else k for k in KINDS])
 def test_import_export_import(tmp_path, kind):
     theirs = make_folder(tmp_path / "theirs", KINDS[kind])
     import_weights(tmp_path / "theirs", tmp_path / "run")
@@ -87,26 +89,28 @@ def test_an_imported_tower_is_no_whole_model(tmp_path):
         open_run(tmp_path / "run")
 
 
-def test_names_of_newer_and_older_versions(tmp_path):
-    """The same tensors under the names that other versions of the library, or parts of a model alone, have."""
-    renamings = {
-        "llava": lambda n: (
-            n.replace("language_model.model.", "model.language_model.")
-            .replace("language_model.lm_head", "lm_head")
-            .replace("vision_tower.vision_model.", "model.vision_tower.")
-            .replace("multi_modal", "model.multi_modal")
-        ),
-        "clip": lambda n: n.removeprefix("vision_model."),
-        "qwen3": lambda n: n.removeprefix("model."),
-    }
-    for kind, rename in renamings.items():
-        theirs = make_folder(tmp_path / kind, KINDS[kind])
-        import_weights(tmp_path / kind, tmp_path / f"{kind}-run")
-        renamed = {rename(name): x for name, x in theirs.items()}
-        assert renamed.keys() != theirs.keys()
-        save_file(renamed, tmp_path / kind / "model.safetensors")
-        import_weights(tmp_path / kind, tmp_path / f"{kind}-again")
-        same(parameters(tmp_path / f"{kind}-run"), parameters(tmp_path / f"{kind}-again"))
+NAMES = {  # of other versions of the library, or of parts of a model alone
+    "llava": lambda n: (
+        n.replace("language_model.model.", "model.language_model.")
+        .replace("language_model.lm_head", "lm_head")
+        .replace("vision_tower.vision_model.", "model.vision_tower.")
+        .replace("multi_modal", "model.multi_modal")
+    ),
+    "clip": lambda n: n.removeprefix("vision_model."),
+    "qwen3": lambda n: n.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava", *(pytest.param(k, marks=pytest.mark.slow) for k in ("clip", "qwen3"))])
+def test_names_of_newer_and_older_versions(tmp_path, kind):
+    """The same tensors under other names."""
+    theirs = make_folder(tmp_path / "theirs", KINDS[kind])
+    import_weights(tmp_path / "theirs", tmp_path / "run")
+    renamed = {NAMES[kind](name): x for name, x in theirs.items()}
+    assert renamed.keys() != theirs.keys()
+    save_file(renamed, tmp_path / "theirs" / "model.safetensors")
+    import_weights(tmp_path / "theirs", tmp_path / "again")
+    same(parameters(tmp_path / "run"), parameters(tmp_path / "again"))
 
 
 def test_what_is_left_out_is_said(tmp_path, capfd):
@@ -172,6 +176,63 @@ def test_models_without_a_counterpart(tmp_path, message):
     assert "config.json" in str(e.value)
 
 
+LAST_LAYER = {"clip": CLIP, "siglip": SIGLIP, "aimv2": AIMV2}
+
+
+@pytest.mark.parametrize("tower", ["clip", *(pytest.param(k, marks=pytest.mark.slow) for k in ("siglip", "aimv2"))])
+def test_llava_from_the_last_layer(tmp_path, capfd, tower):
+    """Features from before the tower's last norm, which is left out; with it the layout is refused."""
+    strategy = "default" if tower == "clip" else "full"
+    last = dict(vision_config=LAST_LAYER[tower], vision_feature_layer=-1, vision_feature_select_strategy=strategy)
+    theirs = make_folder(tmp_path / "theirs", LLAVA | last)
+    import_weights(tmp_path / "theirs", tmp_path / "run")
+    config = loading.from_json((tmp_path / "run" / "config.json").read_text())
+    assert (config.model.vision.feature_layer, config.model.vision.final_norm) == (-1, False)
+    export_weights(tmp_path / "run", tmp_path / "back")
+    assert "not there: the tower's norm behind its last layer" in capfd.readouterr().err
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["vision_feature_layer"] == -1
+    unused = ("post_layernorm", "vision_tower.rms_norm", ".head.")
+    kept = {name: x for name, x in theirs.items() if not any(part in name for part in unused)}
+    same(load_file(tmp_path / "back" / "model.safetensors"), kept)
+
+    config = config.unlock()
+    config.model.vision.final_norm = True
+    save_run(tmp_path / "ours", config)
+    with pytest.raises(
+        InteropError, match=r"model.vision.final_norm = True \(needs False: with model.vision.feature_l"
+    ):
+        export_weights(tmp_path / "ours", tmp_path / "out")
+
+
+SILENT = {k: v for k, v in LLAMA.items() if not k.endswith("_token_id")}
+IDS = {  # text_config, config.json of LLaVA around it, generation_config.json, what is found
+    "llama": (SILENT, {}, None, (1, 2, None)),
+    "mixtral": (SILENT | dict(model_type="mixtral", num_local_experts=4), {}, None, (1, 2, None)),
+    "olmo2": (SILENT | dict(model_type="olmo2"), {}, None, (None, 50_279, 1)),
+    "qwen3": (SILENT | dict(model_type="qwen3"), {}, None, (None, None, None)),
+    "as llava-1.5-7b": (SILENT, dict(pad_token_id=38), None, (1, 2, 38)),
+    "generation": (SILENT, {}, dict(bos_token_id=5, eos_token_id=[7, 8]), (5, 7, None)),
+    "both": (LLAMA, {}, dict(bos_token_id=5, pad_token_id=6), (1, 2, 6)),
+    "none is said": (SILENT | dict(bos_token_id=None), {}, None, (None, 2, None)),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_special_tokens_that_are_not_in_config(tmp_path, case):
+    text, around, generation, expected = IDS[case]
+    for name, config in (("alone", text | around), ("llava", LLAVA | around | dict(text_config=text))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        if generation:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        source = their_config.read(folder)
+        assert tuple(source.tokens[name] for name in ("bos", "eos", "pad")) == expected
+        for name in ("bos", "eos"):
+            warned = [note for note in source.notes if note.startswith(f"WARNING: there is no {name}_token_id")]
+            assert len(warned) == (source.tokens[name] is None)
+
+
 def test_a_sliding_window_limits_rows_and_is_told(tmp_path, capfd):
     make_folder(tmp_path / "theirs", MIXTRAL | dict(sliding_window=32))
     import_weights(tmp_path / "theirs", tmp_path / "run")
@@ -226,6 +287,7 @@ def test_our_own_run_is_exported_without_its_patches(tmp_path, capfd):
     assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_on_eight_devices(tmp_path):
     """The shards of eight devices are the same parameters, each value read from the file about once; and back."""
     theirs = make_folder(tmp_path / "theirs", MIXTRAL)
