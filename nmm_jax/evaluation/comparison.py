@@ -57,11 +57,20 @@ def _scaled(error: float | None, scale: float) -> float | None:
     return None if error is None else scale * error
 
 
-def table(names: Sequence[str], outcomes: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
-    """A Markdown table of those runs that there are; outcomes are {"parameters", "flops", "evaluation"} by name."""
+def table(
+    names: Sequence[str],
+    outcomes: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, str],
+    columns: Sequence[str] = (),
+) -> str:
+    """A Markdown table of those runs that there are; outcomes are {"parameters", "flops", "evaluation"} by name.
+
+    Args:
+      columns: headings of numbers, all there are unless given.
+    """
     there = [name for name in names if name in outcomes]
     found = {name: numbers(outcomes[name]["evaluation"]) for name in there}
-    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    columns = columns or list(dict.fromkeys(column for row in found.values() for column in row))
     lines = ["| " + " | ".join(["", "parameters", "TFLOPs", *columns]) + " |", "|---" * (len(columns) + 3) + "|"]
     for name in there:
         about = outcomes[name]
