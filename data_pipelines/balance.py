@@ -1,8 +1,8 @@
 """In which order the rows of a batch stand, so that devices and microbatches have about as many images.
 
 A batch is a set of rows to the loss; but each device has a run of neighbouring places of it (and each microbatch every
-n-th place), and what a vision tower has to do there is as much as there are images. So rows are dealt into halves, these
-into quarters and so on, two at a time from the fullest on, the fuller one to the half that has fewer images so far:
+n-th place), and what a vision tower has to do there is as much as there are images. So rows are dealt into halves,
+these into quarters and so on, two at a time from the fullest on, the fuller one to the half with fewer images so far:
 
     images      6 0 0 5 4 0 1 2
     halves      6 2 1 0 | 5 4 0 0

@@ -26,6 +26,10 @@ KINDS = {
 }
 
 
+DEFAULT = ("visual expert", "every second layer")  # of the default suite
+EACH_KIND = [kind if kind in DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
 @pytest.fixture(scope="module")
 def batch():
     return packed_batch(2, LENGTH, PATCHES, slots=3, size=12, vocab=VOCAB, seed=3)
@@ -117,7 +121,7 @@ def reference(c, params, x, batch):
     return both(params["final_norm"], final, lambda weights, x: norm(weights, x, -1, eps), x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_joint_attention_and_gradients_equal_computing_both_and_selecting(kind, batch):
     c = config(**KINDS[kind])
     model, params = make(c)
@@ -142,7 +146,7 @@ def test_joint_attention_and_gradients_equal_computing_both_and_selecting(kind, 
         assert "image" not in name or float(jnp.abs(w).max()) > 0, f"{name} has no gradient: nothing was compared"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_text_alone_gives_the_base_decoders_numbers(kind, batch):
     choice = KINDS[kind]
     model, params = make(config(**choice))
