@@ -299,6 +299,8 @@ def remat_policy(name: str) -> Callable[..., bool]:
 
 
 def stack_policy(name: str) -> Callable[..., bool]:
-    """The same for a whole stack that is rematerialised from outside too: its layers' inputs are kept."""
-    kept = KEPT if name in ("minimal", "none") else ()
+    """The same for a stack that is rematerialised from outside too: its layers' inputs are kept, or all products."""
+    if name == "none":
+        return jax.checkpoint_policies.dots_saveable
+    kept = KEPT if name == "minimal" else ()
     return jax.checkpoint_policies.save_only_these_names(CHOICE, BLOCK_INPUT, *kept)

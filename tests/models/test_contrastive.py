@@ -147,6 +147,7 @@ def test_what_cosines_begin_with(name, scale, bias):
     assert own.get("bias") == bias
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_pairs_are_learned():
     model, params = build("siglip-small")
     params["contrastive"] |= {"scale": jnp.float32(2), "bias": jnp.float32(-2)}

@@ -94,7 +94,7 @@ def zeroed_reference(config, frozen, steps):
     return flat(params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k == "late fusion" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_a_hundred_steps(kind):
     config = tiny_config(**KINDS[kind], steps=100)
     model, _, state, step = begin(config)
