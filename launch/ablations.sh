@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Converts the sample data, makes synthetic captions of it, and trains and evaluates all runs of configs/ablations.py.
 # What is there already is left as it is, so the same command goes on after an interruption.
-#   launch/ablations.sh PYTHON DATA [RUNS]      e.g. launch/ablations.sh .venv/bin/python ../shared/data 'base,encoder-*'
+#   launch/ablations.sh PYTHON DATA [RUNS]      e.g. launch/ablations.sh .venv/bin/python DATA 'base,encoder-*'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 from=$2 runs=${3:-*}
