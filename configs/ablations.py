@@ -78,6 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "cogvlm": COGVLM | SCRATCH | {"model.connector.downsample": 2},
     "scenes-early": {},
     "scenes-late": {},
+    "scenes-late-slow": {"optimizer.vision_scale": 0.1},
     "scenes-late-clip": {"start.vision": f"{FOLDER}/scenes-clip"},
     "scenes-mot": MOT,
     "scenes-cogvlm": COGVLM,
@@ -94,7 +95,14 @@ GROUPS = {
     "text": ("text-0", "base", "text-33", "text-67"),
     "synthetic captions": ("base", "synthetic"),
     "families": ("early", "encoder-none", "base", "mot", "cogvlm"),
-    "families on scenes": ("scenes-early", "scenes-late", "scenes-late-clip", "scenes-mot", "scenes-cogvlm"),
+    "families on scenes": (
+        "scenes-early",
+        "scenes-mot",
+        "scenes-late",
+        "scenes-late-slow",
+        "scenes-late-clip",
+        "scenes-cogvlm",
+    ),
 }
 LABELS = {
     "base": "base (CLIP, 64 pixels, 16 tokens, average, 45/45/10)",
