@@ -152,6 +152,7 @@ def _scenes(name: str) -> ConfigDict:
     late = name != "scenes-early" and name != "scenes-mot"
     c = (late_fusion.get_config("quickstart") if late else quickstart.get_config()).unlock()
     c.data.image_delimiters = True
+    c.optimizer.vision_scale = 1.0
     return c
 
 

@@ -27,10 +27,10 @@ by the paper's frontiers (29.923 C^-0.0494 against 29.574 C^-0.0492); its data a
     3.7b           3072           1536       3707.2M   3027.8M + 679.5M           3.3e-4            19.83 G         131
     * as the paper counts: matrices of both stacks and both embedding matrices
 
-Two more are for 2 CPU cores, with the tower's rate that of the decoder. `quickstart` is configs/quickstart.py with a
-tower of 2 layers, `small` is configs/small.py with one of 4 on patches of 8 pixels, of which a square of four becomes
-one of the same 16 positions, so that rows are the very same. `small,encoder=clip` (siglip, aim, aimv2) has the tower of
-configs/encoder.py:clip-small, to start from one:
+Two more are for 2 CPU cores, the tower's rate a tenth of the decoder's: at the whole rate `quickstart` does not learn
+to see (docs/results.md). `quickstart` is configs/quickstart.py with a tower of 2 layers, `small` is configs/small.py with
+one of 4 on patches of 8 pixels, of which a square of four becomes one of the same 16 positions, so that rows are the very
+same. `small,encoder=clip` (siglip, aim, aimv2) has the tower of configs/encoder.py:clip-small, to start from one:
 
     python -m nmm_jax.train --config=configs/late_fusion.py:quickstart --config.data.root=runs/scenes \\
         --workdir=runs/late
@@ -82,6 +82,7 @@ def _on_cpu(name: str) -> ConfigDict:
     vision = c.model.vision
     vision.width, vision.depth, vision.heads, vision.ffn_width = c.model.width, c.model.depth, 4, 384
     vision.qk_norm = "full"
+    c.optimizer.vision_scale = 0.1
     if name == "small":
         c.image.patch = 8
         c.model.connector.kind = "average"

@@ -107,6 +107,7 @@ def _of_paper(size: str) -> ConfigDict:
 def _small() -> ConfigDict:
     c = small.get_config().unlock()
     c.model.patch_positions = False
+    c.optimizer.vision_scale = 0.1
     c.model.connector.width = 128
     c.model.connector.depth = 1
     return c
