@@ -28,9 +28,9 @@ by the paper's frontiers (29.923 C^-0.0494 against 29.574 C^-0.0492); its data a
     * as the paper counts: matrices of both stacks and both embedding matrices
 
 Two more are for 2 CPU cores, the tower's rate a tenth of the decoder's: at the whole rate `quickstart` does not learn
-to see (docs/results.md). `quickstart` is configs/quickstart.py with a tower of 2 layers, `small` is configs/small.py with
-one of 4 on patches of 8 pixels, of which a square of four becomes one of the same 16 positions, so that rows are the very
-same. `small,encoder=clip` (siglip, aim, aimv2) has the tower of configs/encoder.py:clip-small, to start from one:
+to see (docs/results.md). `quickstart` is configs/quickstart.py with a tower of 2 layers. `small` is configs/small.py
+with one of 4 on patches of 8 pixels, of which a square of four becomes one of the same 16 positions, so that rows are
+the very same. `small,encoder=clip` (siglip, aim, aimv2) has the tower of configs/encoder.py:clip-small, to start from:
 
     python -m nmm_jax.train --config=configs/late_fusion.py:quickstart --config.data.root=runs/scenes \\
         --workdir=runs/late
