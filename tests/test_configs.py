@@ -3,9 +3,9 @@
 import pytest
 from ml_collections import ConfigDict
 
-from configs import deep_fusion, early_fusion, encoder, late_fusion, loading, mm1, moe, quickstart, small
+from configs import deep_fusion, early_fusion, encoder, late_fusion, mm1, moe, quickstart, small, validation
 from configs.base import base
-from configs.loading import validate
+from configs.validation import validate
 from nmm_jax.models import decoder
 
 KEYS = """
@@ -77,7 +77,7 @@ def test_an_encoders_tower_is_that_of_the_late_fusion_that_starts_from_it():
 
 
 def test_modules_of_deep_fusion_are_those_that_the_decoder_has():
-    assert loading.DEEP_MODULES == decoder.MODULES
+    assert validation.DEEP_MODULES == decoder.MODULES
 
 
 def test_mm1s_recipe_and_choices():
@@ -101,7 +101,7 @@ def test_every_key_is_read():
     root = pathlib.Path(__file__).parent.parent
     code = "\n".join(
         f.read_text()
-        for p in ("nmm_jax", "data_pipelines", "configs/loading.py")
+        for p in ("nmm_jax", "data_pipelines", "configs/validation.py")
         for f in ([root / p] if p.endswith(".py") else (root / p).rglob("*.py"))
     )
     unread = [k for k in KEYS if f".{k.rsplit('.', 1)[-1]}" not in code]

@@ -43,7 +43,7 @@ class Connector(nnx.Module):
 
 
 def make_connector(spec: ConnectorSpec, *, rngs: nnx.Rngs) -> Connector:
-    """The connector of a spec, whose numbers fit each other (configs/loading.py has looked)."""
+    """The connector of a spec, whose numbers fit each other (configs/validation.py has looked)."""
     if spec.kind in ("linear", "mlp", "glu"):
         assert spec.positions == (spec.side // spec.downsample) ** 2, spec
     return KINDS[spec.kind](spec, rngs=rngs)
