@@ -12,14 +12,13 @@ The order depends on the batch alone and not on the number of devices.
 """
 
 import numpy as np
-from jaxtyping import Int
 
 
-def arrange(images: Int[np.ndarray, "B"], microbatches: int = 1) -> Int[np.ndarray, "B"]:
-    """Which row of the batch stands at each place.
+def arrange(images: np.ndarray, microbatches: int = 1) -> np.ndarray:
+    """Which row of the batch stands at each place, int64 [B].
 
     Args:
-      images: of each row.
+      images: of each row, int [B].
       microbatches: place p belongs to microbatch p % microbatches (training/step.py).
     """
     ranked = np.argsort(-images, kind="stable").tolist()
