@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 
 from nmm_jax.models import build, connectors
 from nmm_jax.models.spec import MoESpec, Spec, StackSpec
+from nmm_jax.scaling.optima import FLOPS
 from nmm_jax.training.freezing import frozen_names
 
 FLOAT32 = 4  # bytes
+IMAGE_SHARE = 0.5  # of positions, where nothing is known of the rows
 
 PARTS = (
     "token_embedding", "patch_embedding", "vision_tower", "connector", "delimiters", "attention", "ffn", "experts",
@@ -95,6 +97,35 @@ class Counts:
         """FLOPs of forward and backward pass."""
         return self.training.of(tokens, pairs, images)
 
+    def paper_flops(self, tokens: float, tower_tokens: float = 0.0) -> float:
+        """C, the FLOPs of training as the paper counts them: 6 (N_text D + N_vision D_v).
+
+        Args:
+          tokens: D, positions of rows, of text and of images, without padding.
+          tower_tokens: D_v, that a vision tower goes through; of no account without one.
+        """
+        return FLOPS * (self.paper_text * tokens + self.paper_vision * tower_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a run was trained on; padding counts for nothing.
+
+    Attributes:
+      by_source: positions of rows, of text and of images.
+      text: those that are no image's: words, delimiters, BOS and EOS.
+      vision: D_v, those of images; in late fusion what the vision tower went through, patches.
+    """
+
+    by_source: dict[str, int]
+    text: int
+    vision: int
+
+    @property
+    def total(self) -> int:
+        """D."""
+        return sum(self.by_source.values())
+
 
 def count(config: ConfigDict) -> Counts:
     """Counts the model of a config.
@@ -136,9 +167,44 @@ def count(config: ConfigDict) -> Counts:
     )
 
 
+def tokens_seen(config: ConfigDict, by_source: Mapping[str, int], images: int) -> Tokens:
+    """D of a run, from what its checkpoints count: real positions by source, and images."""
+    spec = Spec.from_config(config)
+    in_rows = images * spec.image_positions
+    vision = images * spec.vision.patches if spec.vision else in_rows
+    return Tokens(dict(by_source), sum(by_source.values()) - in_rows, vision)
+
+
+def tower_tokens(config: ConfigDict) -> float:
+    """D_v / D: what a vision tower goes through for one position of rows that are half images; 0 without one."""
+    spec = Spec.from_config(config)
+    return IMAGE_SHARE * spec.vision.patches / spec.image_positions if spec.vision else 0.0
+
+
 def causal_keys(row_length: int) -> float:
     """Mean number of keys a query sees when a row is one causal document."""
     return (row_length + 1) / 2
+
+
+def full_rows(config: ConfigDict) -> tuple[float, float, float]:
+    """Positions, (query, key) pairs and images of a step of full rows.
+
+    A row is one causal document, an upper bound for packed ones, and half of it images; of pairs it has one image.
+    """
+    positions = config.batch_rows * config.row_length
+    if config.data.rows == "pairs":
+        images = float(config.batch_rows)
+    else:
+        images = IMAGE_SHARE * positions / Spec.from_config(config).image_positions
+    return positions, positions * causal_keys(config.row_length), images
+
+
+def of_matrices(config: ConfigDict) -> dict[str, Work]:
+    """FLOPs of the forward pass in each parameter that is multiplied with rows, but a connector's."""
+    model = build(config)
+    sizes = {name: math.prod(x.shape) for name, x in flatten_dict(model.abstract, sep="/").items()}
+    rows, matrices = _rows(model.spec, set(sizes)), filter(_is_matrix, sizes)
+    return {name: Work().plus(rows(name), 2 * sizes[name]) for name in matrices if _part(name) != "connector"}
 
 
 def _part(name: str) -> str:
@@ -280,26 +346,58 @@ def memory(config: ConfigDict) -> dict[str, int]:
     what layers keep for the backward pass of one microbatch under the config's remat policy, the vision tower's of all
     image slots. Not in it: one layer's workspace, a chunk of logits, parameters gathered for use.
     """
-    spec, counts = Spec.from_config(config), count(config)
+    counts = count(config)
     replicas, expert_axis = max(config.mesh.replica, 1), max(config.mesh.expert, 1)
 
     def held(parts: dict[str, int]) -> int:
         return replicas * (parts["experts"] + (sum(parts.values()) - parts["experts"]) * expert_axis)
 
-    rows = math.ceil(config.batch_rows / config.gradient_accumulation)
-    kept = rows * config.row_length * _kept_by_decoder(spec, expert_axis) if counts.parts["attention"] else 0
-    if spec.vision:
-        images, tokens = rows * config.image.per_row, spec.vision.tokens
-        if spec.family == "aimv2":
-            kept += images * tokens * _kept_by_decoder(spec, expert_axis)
-        if counts.trainable_parts["vision_tower"]:
-            kept += images * tokens * spec.vision.layers_used * _kept(spec.vision, spec.vision.ffn_width, 0)
     return {
         "parameters": FLOAT32 * held(counts.parts),
         "optimizer": 2 * FLOAT32 * held(counts.trainable_parts),  # Adam's two moments
         "gradients": FLOAT32 * held(counts.trainable_parts),
-        "activations": int(kept * {"float32": 4, "bfloat16": 2}[spec.dtype]),
+        "activations": sum(layers * kept for layers, kept, _ in _of_layers(config, expert_axis, 1)),
     }
+
+
+def activations(config: ConfigDict, expert_axis: int, tensor_axis: int) -> tuple[int, int]:
+    """Bytes of a microbatch's activations in all devices that have other rows than each other.
+
+    Returns:
+      What all layers keep for the backward pass, and what the backward pass of one layer, the largest, has besides:
+      what is computed again, and the gradients of its output and of its widest product.
+    """
+    layers = _of_layers(config, expert_axis, tensor_axis)
+    return sum(n * kept for n, kept, _ in layers), max((working for _, _, working in layers), default=0)
+
+
+def _of_layers(config: ConfigDict, expert_axis: int, tensor_axis: int) -> list[tuple[int, int, int]]:
+    """(how many, bytes that one keeps, bytes that one's backward pass has besides), by kinds of layers."""
+    spec, counts = Spec.from_config(config), count(config)
+    size = {"float32": 4, "bfloat16": 2}[spec.dtype]
+    rows = math.ceil(config.batch_rows / config.gradient_accumulation)
+    images = rows * config.image.per_row
+    found = []
+
+    def add(layers: int, tokens: int, stack: StackSpec, ffn_width: float, travelled: float = 0.0) -> None:
+        kept = _kept(stack, ffn_width, travelled, tensor_axis)
+        everything = _kept(dataclasses.replace(stack, remat="none"), ffn_width, travelled, tensor_axis)
+        working = everything - kept + stack.width + ffn_width / tensor_axis
+        found.append((layers, int(size * tokens * kept), int(size * tokens * working)))
+
+    if counts.parts["attention"]:
+        tokens = rows * config.row_length
+        if spec.family == "aimv2" and spec.vision:
+            tokens += images * spec.vision.tokens
+        with_experts = spec.depth // spec.moe.every if spec.moe else 0
+        if spec.depth > with_experts:
+            add(spec.depth - with_experts, tokens, spec, spec.ffn_width)
+        if spec.moe:
+            received, travelled = buffer_rows(spec.moe, expert_axis)
+            add(with_experts, tokens, spec, (received + spec.moe.shared) * spec.moe.width, travelled)
+    if spec.vision and counts.trainable_parts["vision_tower"]:
+        add(spec.vision.layers_used, images * spec.vision.tokens, spec.vision, spec.vision.ffn_width)
+    return found
 
 
 def buffer_rows(moe: MoESpec, expert_axis: int) -> tuple[float, float]:
@@ -314,20 +412,15 @@ def buffer_rows(moe: MoESpec, expert_axis: int) -> tuple[float, float]:
     return received, received + moe.top_k
 
 
-def _kept_by_decoder(spec: Spec, expert_axis: int) -> float:
-    """Values that all layers together keep of a position."""
-    with_experts = spec.depth // spec.moe.every if spec.moe else 0
-    kept = (spec.depth - with_experts) * _kept(spec, spec.ffn_width, 0)
-    if spec.moe:
-        rows, travelled = buffer_rows(spec.moe, expert_axis)
-        kept += with_experts * _kept(spec, (rows + spec.moe.shared) * spec.moe.width, travelled)
-    return kept
+def _kept(spec: StackSpec, ffn_width: float, travelled: float, tensor_axis: int) -> float:
+    """Values that a layer keeps of a position, on one of the devices of the tensor axis.
 
-
-def _kept(spec: StackSpec, ffn_width: float, travelled: float) -> float:
-    """Values that a layer keeps of a position; `travelled` of its rows are buffers of an exchange."""
+    These share heads and feed-forward width, and each has the whole width. `travelled` rows are buffers of an exchange.
+    """
     d = spec.width
-    query_width, key_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    query_width, key_width, ffn_width = (
+        n / tensor_axis for n in (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, ffn_width)
+    )
     inner = 2 * ffn_width if spec.ffn == "swiglu" else ffn_width
     named = 2 * query_width + 2 * key_width + inner + travelled * d  # what models.decoder.KEPT names
     return {

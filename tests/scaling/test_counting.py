@@ -6,11 +6,11 @@ import pytest
 
 from configs import deep_fusion, early_fusion, encoder, late_fusion, loading, mm1, moe, quickstart, small
 from configs.base import base
+from nmm_jax.compilation.products import flops
 from nmm_jax.models import build
 from nmm_jax.models.spec import Spec
-from nmm_jax.scaling.counting import count, memory
+from nmm_jax.scaling.counting import count, memory, tokens_seen, tower_tokens
 from nmm_jax.training import freezing
-from tests.hlo_flops import flops
 from tests.parameter_formulas import of_connector, of_pixels
 
 PAPER = {"275m": 274.8, "464m": 464.0, "932m": 931.7, "1.6b": 1626.8, "2.3b": 2279.9, "3.4b": 3354.2, "8b": 8129.1}
@@ -30,6 +30,27 @@ def test_the_papers_mixtures(size):
     counts = count(moe.get_config(f"{size}-8e"))
     assert f"{counts.paper_total / 1e9:.2f}" == TOTALS[size]
     assert round(counts.paper_parameters / 1e6, 1) == PAPER[size]
+
+
+def test_c_of_the_paper():
+    """6 N D, and of late fusion 6 (N_v D_v + N_text D), from the rounded numbers of its Table 6."""
+    early, late = count(early_fusion.get_config("932m")), count(late_fusion.get_config("1b"))
+    assert early.paper_flops(200e9, 109e9) == early.paper_flops(200e9) == pytest.approx(6 * 931.7e6 * 200e9, rel=1e-4)
+    assert late.paper_flops(200e9, 109e9) == pytest.approx(6 * (169.9e6 * 109e9 + 834.4e6 * 200e9), rel=1e-3)
+    experts = count(moe.get_config("932m-8e"))
+    assert experts.paper_flops(1) == early.paper_flops(1)
+
+
+def test_d_by_hand():
+    seen = {"captions": 5_000, "text": 3_000}
+    early = tokens_seen(early_fusion.get_config("275m"), seen, 10)  # 256 positions an image, 256 patches
+    assert (early.total, early.vision, early.text) == (8_000, 2_560, 5_440)
+    fewer = late_fusion.get_config("289m").unlock()
+    fewer.model.connector.kind, fewer.image.positions = "average", 64
+    late = tokens_seen(fewer, seen, 10)  # the tower sees 256 patches and the decoder 64 positions
+    assert (late.total, late.vision, late.text) == (8_000, 2_560, 7_360)
+    assert tower_tokens(early_fusion.get_config("275m")) == 0
+    assert tower_tokens(late_fusion.get_config("289m")) == 0.5 and tower_tokens(fewer) == 2.0
 
 
 def test_mm1s_totals():
