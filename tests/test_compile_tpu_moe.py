@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from tests.hlo import Instruction, Program
-from tests.hlo_flops import products_in
+from nmm_jax.compilation.products import products_in
+from nmm_jax.compilation.program import Instruction, Program
 from tests.tpu_compile import Compiled, compile_step
 
-pytestmark = pytest.mark.extras
+pytestmark = [pytest.mark.extras, pytest.mark.timeout(1800)]
 
 CONFIG = "configs/moe.py:hw-1b-8e"
 DEPTH, EXPERTS, WIDTH, FFN, VOCABULARY = 4, 8, 2048, 5632, 50_432
@@ -116,9 +116,12 @@ def test_nothing_has_a_row_for_every_expert_and_token(mesh, remat):
         for i in computation.values():
             for _, dims in i.shapes:
                 of_layer = dims[1:] if dims[:1] == (DEPTH,) else dims  # the layers' are stacked
-                assert math.prod(of_layer) <= rows * FFN or VOCABULARY in dims, f"{i.type} {i.op} {i.source}"
+                # The embeddings on their way, padded to whole tiles; the unembedding's by chunks.
+                of_vocabulary = VOCABULARY in dims or 1 <= math.prod(dims) / (VOCABULARY * WIDTH) < 1.02
+                assert math.prod(of_layer) <= rows * FFN or of_vocabulary, f"{i.type} {i.op} {i.source}"
             if i.op == "custom-call" and "tpu_custom_call" in i.attributes:
-                kernels.append([dims for o in (i, *(computation[o] for o in i.operands)) for _, dims in o.shapes])
+                shapes = [dims for o in (i, *(computation[o] for o in i.operands)) for _, dims in o.shapes]
+                kernels += [shapes] if any(FFN in dims for dims in shapes) else []  # the others are attention's
     # Three products forwards, two gradients of each, and what is computed again: under "exchanges" not the last.
     assert len(kernels) == 9 + {"full": 3, "exchanges": 2}[remat]
     matrices = {(EXPERTS // expert, WIDTH, FFN), (EXPERTS // expert, FFN, WIDTH)}

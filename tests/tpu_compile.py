@@ -24,32 +24,18 @@ PROGRAM = textwrap.dedent(
     import sys
 
     import jax
-    from jax.experimental import topologies
 
     from configs import loading
-    from data_pipelines.geometry import Geometry
-    from data_pipelines.rows import batch_spec
-    from nmm_jax import models
-    from nmm_jax.parallel.mesh import make_mesh
-    from nmm_jax.parallel.sharding import batch_sharding
-    from nmm_jax.training.optimizer import make_optimizer
-    from nmm_jax.training.state import abstract_state
-    from nmm_jax.training.step import jit_step
+    from nmm_jax.compilation.step import compile_step
+    from nmm_jax.parallel.topology import Topology
 
     name, overrides, topology, path = sys.argv[1:]
-    config = loading.load(name, json.loads(overrides))
-    mesh = make_mesh(config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    model, optimizer = models.build(config), make_optimizer(config)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in batch_spec(Geometry.from_config(config), config.batch_rows).items()
-    }
-    compiled = jit_step(model, optimizer, config, mesh).lower(abstract_state(model, optimizer, mesh), batch).compile()
-    pathlib.Path(path).write_text(compiled.as_text())
-    memory = compiled.memory_analysis()
+    step = compile_step(loading.load(name, json.loads(overrides)), Topology.parse(topology))
+    pathlib.Path(path).write_text(step.compiled.as_text())
+    memory = step.compiled.memory_analysis()
     print(json.dumps({
-        "devices": mesh.size,
-        "parameters": sum(x.size for x in jax.tree.leaves(model.abstract)),
+        "devices": step.mesh.size,
+        "parameters": sum(x.size for x in jax.tree.leaves(step.model.abstract)),
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
@@ -66,16 +52,11 @@ class Compiled:
 
 def compile_step(config: str, overrides: Mapping[str, Any], topology: str) -> Compiled:
     """`config` is FILE[:ARGUMENT]; `topology` a slice such as v5p:4x4x4."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process that compiles dies on a lock file
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "program.txt"
         run = subprocess.run(
             [sys.executable, "-c", PROGRAM, config, json.dumps(dict(overrides)), topology, path],
-            env=environment,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
         )

@@ -11,8 +11,18 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from data_pipelines.geometry import Geometry
+from data_pipelines.rows import batch_spec
 from nmm_jax.parallel.sharding import batch_sharding
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, types and shardings of the global arrays of a batch."""
+    sharding = batch_sharding(mesh)
+    spec = batch_spec(Geometry.from_config(config), config.batch_rows)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in spec.items()}
 
 
 def local_rows(mesh: Mesh, batch_rows: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Where each array lives: the logical names of its axes, mapped to the axes of the mesh."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -112,6 +113,16 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
 
 
+def divisor(abstract: Any, logical_axes: Any, mesh_axis: str = "fsdp") -> int:
+    """The greatest common divisor of all sizes of parameters that this axis of the mesh has to divide."""
+    sizes = jax.tree.map(
+        lambda x, axes: math.gcd(*(n for n, a in zip(x.shape, axes, strict=True) if RULES[a] == mesh_axis)),
+        abstract,
+        logical_axes,
+    )
+    return math.gcd(*jax.tree.leaves(sizes))
+
+
 @dataclasses.dataclass(frozen=True)
 class Constrain:
     """`constrain(x, ("batch", "sequence", "embed_act"))`: what a model calls on its activations.
@@ -128,3 +139,6 @@ class Constrain:
     def platform(self) -> str:
         """Of the devices that will run it: not this machine's where a program is compiled ahead of time."""
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+
+ON_ONE_DEVICE = Constrain()

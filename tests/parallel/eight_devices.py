@@ -8,10 +8,12 @@ from configs import loading
 from nmm_jax import models
 from nmm_jax.parallel.batches import local_rows, to_global
 from nmm_jax.parallel.mesh import mesh_of
+from nmm_jax.parallel.sharding import replicated
 from nmm_jax.training import freezing
 from nmm_jax.training import start as starting
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
+from nmm_jax.training.schedule import ends
 from nmm_jax.training.state import abstract_state, initial_state, shardings_of
 from nmm_jax.training.step import jit_step
 from tests.fake_batches import fake_batch, tiny_config
@@ -46,11 +48,12 @@ def runs(start):
         mesh = mesh_named(name)
         state = jax.device_put(host, shardings_of(abstract_state(MODEL, OPTIMIZER, mesh)))
         step = jit_step(MODEL, OPTIMIZER, CONFIG, mesh)
+        until = jax.device_put(ends(CONFIG), replicated(mesh))
         losses = []
         for t in range(20):
             batch = fake_batch(CONFIG, seed=t)
             with jax.transfer_guard("disallow"):
-                state, metrics = step(state, to_global(batch, mesh, CONFIG.batch_rows))
+                state, metrics = step(state, to_global(batch, mesh, CONFIG.batch_rows), until)
             losses.append(float(metrics["loss"]))
             if t == 0:
                 first = jax.tree.map(np.asarray, state)
@@ -106,7 +109,9 @@ def test_accumulation_on_a_mesh(runs, start):
     config = tiny_config(optimizer__clip_norm=0.0, gradient_accumulation=2)
     mesh = mesh_named("fsdp 4, tensor 2")
     state = initial_state(MODEL, OPTIMIZER, mesh, config.seed)
-    state, metrics = jit_step(MODEL, OPTIMIZER, config, mesh)(state, to_global(fake_batch(config), mesh, 8))
+    state, metrics = jit_step(MODEL, OPTIMIZER, config, mesh)(
+        state, to_global(fake_batch(config), mesh, 8), ends(config)
+    )
     want_losses, want_first, _ = runs["1x1"]
     assert float(metrics["loss"]) == pytest.approx(want_losses[0], rel=1e-6)
     for got, want in zip(gradients(state), gradients(want_first), strict=True):
@@ -118,7 +123,7 @@ def test_frozen_parameters_on_a_mesh(runs, start):
     config = tiny_config(optimizer__clip_norm=0.0, optimizer__freeze=("layers/attention*", "embed/*"))
     model, optimizer, mesh = models.build(config), make_optimizer(config), mesh_named("fsdp 4, tensor 2")
     state = initial_state(model, optimizer, mesh, config.seed)
-    state, _ = jit_step(model, optimizer, config, mesh)(state, to_global(fake_batch(config), mesh, 8))
+    state, _ = jit_step(model, optimizer, config, mesh)(state, to_global(fake_batch(config), mesh, 8), ends(config))
     first, moments = runs["1x1"][1], state["opt_state"][1].mu
     wanted, frozen = freezing.split(first["opt_state"][1].mu, config.optimizer.freeze)
     assert jax.tree.structure(moments) == jax.tree.structure(wanted)

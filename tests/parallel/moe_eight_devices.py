@@ -12,8 +12,10 @@ from nmm_jax import models
 from nmm_jax.models import moe, router
 from nmm_jax.parallel.batches import to_global
 from nmm_jax.parallel.mesh import mesh_of
+from nmm_jax.parallel.sharding import replicated
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
+from nmm_jax.training.schedule import ends
 from nmm_jax.training.state import abstract_state, initial_state, shardings_of
 from nmm_jax.training.step import jit_step
 from tests.fake_batches import fake_batch, tiny_config
@@ -88,8 +90,9 @@ def step_on(name, config, state):
     placed = jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
     batch = to_global(fake_batch(config), mesh, config.batch_rows)
     step = jit_step(model, optimizer, config, mesh)
+    until = jax.device_put(ends(config), replicated(mesh))
     with jax.transfer_guard("disallow"):
-        after, metrics = step(placed, batch)
+        after, metrics = step(placed, batch, until)
     metrics = jax.device_get(metrics)
     return jax.tree.map(np.asarray, after), {"loss": metrics["loss"], **metrics["router"]}, after
 

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+from tests.training_runs import EIGHT_DEVICES
+
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(which):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles twice as fast
+    flags = EIGHT_DEVICES
     file = pathlib.Path(__file__).with_name("architectures_eight_devices.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-m", which, file],

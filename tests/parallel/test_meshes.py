@@ -1,5 +1,6 @@
-"""Meshes and shardings: errors here, numbers on 8 simulated devices in a process of their own."""
+"""Meshes and shardings: sizes and errors here, numbers on 8 simulated devices in a process of their own."""
 
+import math
 import os
 import pathlib
 import subprocess
@@ -8,14 +9,16 @@ import sys
 import jax
 import pytest
 
+from nmm_jax import models
 from nmm_jax.parallel import mesh as meshes
-from nmm_jax.parallel.sharding import param_shardings, spec
+from nmm_jax.parallel.sharding import divisor, param_shardings, spec
 from tests.fake_batches import tiny_config
+from tests.training_runs import EIGHT_DEVICES
 
 
 def test_on_eight_devices():
     """fsdp 8, fsdp 4 x tensor 2, replica 2 x fsdp 4 against one device: losses, gradients, checkpoints."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles twice as fast
+    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("eight_devices.py")],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -35,6 +38,62 @@ def test_on_eight_devices():
 def test_sizes_that_do_not_multiply_out(sizes, message):
     with pytest.raises(ValueError, match=message):
         meshes.mesh_of(sizes, jax.devices()[:1])
+
+
+class FakeDevice:
+    platform = "cpu"
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
+
+
+@pytest.mark.parametrize(
+    "devices, slices, asked, experts, width, expected",
+    [
+        (16, 1, {}, 0, 800, (1, 16, 1, 1)),
+        (64, 1, {}, 0, 1632, (2, 32, 1, 1)),  # 1632 is 32 * 51
+        (512, 2, {}, 0, 5120, (2, 256, 1, 1)),
+        (64, 1, {}, 8, 2048, (1, 8, 8, 1)),
+        (12, 1, {}, 8, 2048, (3, 1, 4, 1)),
+        (64, 1, {"tensor": 4}, 8, 2048, (1, 2, 8, 4)),
+        (64, 1, {"replica": 1}, 0, 1632, (1, 64, 1, 1)),  # and is told where the model is laid out
+        (64, 2, {"expert": 2, "fsdp": 4}, 8, 2048, (8, 4, 2, 1)),
+        (64, 1, {"replica": 4, "expert": 1, "fsdp": -1}, 0, 2048, (4, 16, 1, 1)),
+    ],
+)
+def test_sizes_that_are_chosen(monkeypatch, devices, slices, asked, experts, width, expected):
+    """replica, fsdp, expert and tensor of a config that leaves them open."""
+    config = tiny_config(model__moe__experts=experts)
+    with config.unlocked():
+        config.mesh.update({"replica": -1, "fsdp": -1, "expert": -1, "tensor": 1} | asked)
+    found = []
+    monkeypatch.setattr(meshes, "mesh_of", lambda sizes, _: found.append(tuple(sizes[axis] for axis in meshes.AXES)))
+    meshes.make_mesh(config, [FakeDevice(i * slices // devices) for i in range(devices)], width)
+    (sizes,) = found
+    left = devices // -math.prod(sizes) if -1 in sizes else 1
+    assert tuple(left if n == -1 else n for n in sizes) == expected
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"replica": 1}, "mesh.replica = 1 is no multiple of the 2 slices; only replicas lie in different slices"),
+        ({"fsdp": 64}, r"mesh.fsdp 64 \* mesh.tensor 1 does not divide the 64 devices of 2 slices"),
+        ({"tensor": 3}, r"mesh.tensor 3 does not divide the 64 devices of 2 slices"),
+        ({"replica": 2, "fsdp": 16, "expert": 1}, "does not multiply out to the 64 devices"),
+    ],
+)
+def test_sizes_that_slices_do_not_have(asked, message):
+    config = tiny_config()
+    with config.unlocked():
+        config.mesh.update({"replica": -1, "fsdp": -1, "expert": -1, "tensor": 1} | asked)
+    with pytest.raises(ValueError, match=message):
+        meshes.make_mesh(config, [FakeDevice(i // 32) for i in range(64)])
+
+
+def test_what_fsdp_has_to_divide():
+    model = models.build(tiny_config())
+    assert divisor(model.abstract, model.logical_axes) == model.spec.width
 
 
 class FakeMesh:

@@ -5,10 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+from tests.training_runs import EIGHT_DEVICES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight devices on the cores of a machine that may have other work
 def test_on_eight_devices():
     """Meshes, transports and kinds of routing against one device: losses, gradients, counts, checkpoints, drops."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles twice as fast
+    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("moe_eight_devices.py")],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

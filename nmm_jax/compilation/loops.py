@@ -1,0 +1,122 @@
+"""How often a loop runs, worked out from its condition: the TPU compiler does not write it down.
+
+A loop that counts carries an integer: it starts at a constant, the body adds a constant, and the condition compares it
+with a constant. Constants are looked for through copies, through what outer loops carry unchanged, and through sums.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nmm_jax.compilation.program import Instruction, Program
+
+_FARTHEST = 100  # steps to a constant; a value that needs more is none
+
+
+def counted_trips(program: "Program", computation: str, loop: "Instruction") -> int | None:
+    """Runs of the body of a loop in a computation; None where it does not count between constants."""
+    condition, body = loop.attribute("condition") or "", loop.attribute("body") or ""
+    test = program.roots.get(condition)
+    if test is None or test.op != "compare":
+        return None
+    left, right = test.operands
+    direction = test.attribute("direction") or ""
+    counter, ahead = _counter(program, condition, left)
+    if counter is None:  # the bound stands first
+        (counter, ahead), right = _counter(program, condition, right), left
+        direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
+    if counter is None or not loop.operands:
+        return None
+    bound = _constant(program, condition, right)
+    start = _element(program, computation, loop.operands[0], counter)
+    step = _step(program, body, counter)
+    if bound is None or start is None or not step:
+        return None
+    return _turns(start, step, bound - ahead, direction)
+
+
+def _counter(program: "Program", condition: str, name: str) -> tuple[int | None, int]:
+    """The index of the argument that is compared, and what is added to it first: 1 where a last turn is peeled off."""
+    found = program.origin(condition, name)
+    if found.op in ("add", "subtract"):
+        left, right = found.operands
+        ahead = _constant(program, condition, right)
+        if ahead is not None:
+            return _carried(program, condition, left), -ahead if found.op == "subtract" else ahead
+    return _carried(program, condition, name), 0
+
+
+def _turns(start: int, step: int, bound: int, direction: str) -> int | None:
+    if direction == "NE":
+        whole, rest = divmod(bound - start, step)
+        return whole if whole >= 0 and not rest else None
+    if direction in ("LT", "LE") and step > 0:
+        return max(0, math.ceil((bound + (direction == "LE") - start) / step))
+    if direction in ("GT", "GE") and step < 0:
+        return max(0, math.ceil((start - bound + (direction == "GE")) / -step))
+    return None
+
+
+def _carried(program: "Program", computation: str, name: str) -> int | None:
+    """The index of the computation's argument (a tuple) that a value is; None for another value."""
+    found = program.origin(computation, name)
+    if found.op != "get-tuple-element":
+        return None
+    of = program.computations[computation][found.operands[0]]
+    return int(found.attribute("index") or 0) if of.op == "parameter" else None
+
+
+def _step(program: "Program", body: str, counter: int) -> int | None:
+    """What the body adds to a carried value, if that is a constant."""
+    root = program.roots[body]
+    if root.op != "tuple":
+        return None
+    after = program.origin(body, root.operands[counter])
+    if after.op not in ("add", "subtract"):
+        return None
+    left, right = after.operands
+    if _carried(program, body, left) == counter:
+        step = _constant(program, body, right)
+        return -step if step is not None and after.op == "subtract" else step
+    if after.op == "add" and _carried(program, body, right) == counter:
+        return _constant(program, body, left)
+    return None
+
+
+def _constant(program: "Program", computation: str, name: str, far: int = _FARTHEST) -> int | None:
+    """An integer that is known without running anything."""
+    if not far:
+        return None
+    found = program.origin(computation, name)
+    if found.op == "constant":
+        return int(found.literal) if found.literal.lstrip("-").isdecimal() else None
+    if found.op in ("add", "subtract", "multiply"):
+        left, right = (_constant(program, computation, operand, far - 1) for operand in found.operands)
+        if left is None or right is None:
+            return None
+        return {"add": left + right, "subtract": left - right, "multiply": left * right}[found.op]
+    if found.op == "get-tuple-element":
+        return _element(program, computation, found.operands[0], int(found.attribute("index") or 0), far - 1)
+    return None
+
+
+def _element(program: "Program", computation: str, name: str, index: int, far: int = _FARTHEST) -> int | None:
+    """The same of a tuple's element: of one that is made here, or that a loop carries unchanged."""
+    if not far:
+        return None
+    found = program.origin(computation, name)
+    if found.op == "tuple":
+        return _constant(program, computation, found.operands[index], far - 1)
+    if found.op == "while" and _is_unchanged(program, found, index):
+        return _element(program, computation, found.operands[0], index, far - 1)
+    if found.op == "parameter" and len(program.callers[computation]) == 1:
+        ((caller, loop),) = program.callers[computation]
+        if loop.op == "while" and _is_unchanged(program, loop, index):
+            return _element(program, caller, loop.operands[0], index, far - 1)
+    return None
+
+
+def _is_unchanged(program: "Program", loop: "Instruction", index: int) -> bool:
+    body = loop.attribute("body") or ""
+    root = program.roots[body]
+    return root.op == "tuple" and _carried(program, body, root.operands[index]) == index

@@ -1,0 +1,18 @@
+"""Fully sharded data parallelism by hand, on 8 simulated devices in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from tests.training_runs import EIGHT_DEVICES
+
+
+def test_on_eight_devices():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("gathered_eight_devices.py")],
+        env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
