@@ -21,8 +21,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from absl import app, flags
+from absl import flags
 
+from configs import command_line
 from data_pipelines import rejects
 from data_pipelines.checking import VERIFY, is_held_out, usable
 from data_pipelines.document import Document
@@ -256,28 +257,23 @@ def main(_) -> None:
     given = flags.FLAGS
     option_names = {field.name for format in FORMATS.values() for field in dataclasses.fields(format)} - {"source"}
     options = {name: str(given[name].value) for name in sorted(option_names) if given[name].value is not None}
-    try:
-        convert(
-            Conversion(
-                reader(given.format, given.source or pathlib.Path(given.output).absolute().name, options),
-                given.held_out,
-                given.verify,
-                given.max_pixels,
-                given.shard_bytes,
-                given.licence,
-            ),
-            given.input,
-            given.output,
-            workers=given.workers,
-            overwrite=given.overwrite,
-            command=shlex.join(["python", "-m", "data_pipelines.convert", *sys.argv[1:]]),
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"convert: {e}")
-    except KeyboardInterrupt:
-        sys.exit("convert: interrupted; no dataset was made")
+    convert(
+        Conversion(
+            reader(given.format, given.source or pathlib.Path(given.output).absolute().name, options),
+            given.held_out,
+            given.verify,
+            given.max_pixels,
+            given.shard_bytes,
+            given.licence,
+        ),
+        given.input,
+        given.output,
+        workers=given.workers,
+        overwrite=given.overwrite,
+        command=shlex.join(["python", "-m", "data_pipelines.convert", *sys.argv[1:]]),
+    )
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command_line.run(main)

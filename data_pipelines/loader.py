@@ -5,6 +5,10 @@ its worker processes. Every element is a pure function of t, so neither their nu
 """
 
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -77,4 +81,20 @@ def batches(
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=math.ceil(prefetch / workers))
     in_worker = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(source.to_iter_dataset(in_worker).mp_prefetch(options))
+    return iter(source.to_iter_dataset(in_worker).mp_prefetch(options, _end_with_parent))
+
+
+def _end_with_parent(*_: int) -> None:
+    """In a worker process: it ends when its parent does, and not before.
+
+    Whoever wants the machines back sends SIGTERM to every process there is, and the parent goes on until it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow the parent", daemon=True).start()

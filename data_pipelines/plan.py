@@ -9,13 +9,15 @@ Windows of `data.window` documents are packed apart, so they can be made in para
 run that was killed goes on where it stopped. Whatever the plan depends on is hashed into its folder's name: another
 tokenizer, or another row length, is another plan.
 
+data.plans may be in a bucket (gs://, s3://). A plan is made on the disk of the machine that makes it and uploaded,
+plan.json last; it is read from a copy on each machine's disk, in $XDG_CACHE_HOME/nmm_jax/plans (~/.cache unless set).
+
     python -m data_pipelines.plan --config=configs/small.py --config.data.root=data
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -23,19 +25,23 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from configs import loading
-from data_pipelines import pieces, store, tokenizer
+from configs import command_line, loading
+from data_pipelines import paths, pieces, store, tokenizer
 from data_pipelines.geometry import Geometry
+from data_pipelines.locking import locked
 from data_pipelines.packing import cut, pack
 
 FORMAT_VERSION = 1
+FILES = ("fragments.npy", "rows.npy", "plan.json")  # a folder that has the last one has all
+_BLOCK = 16 << 20  # bytes copied at a time
 
 # A run of positions [start, stop) of a document. `piece` holds position `start` and itself begins at `origin`.
 FRAGMENT = np.dtype(
@@ -47,6 +53,7 @@ class Plan:
     """The rows of a source: `plan[i]` is the array of FRAGMENT that makes up row i."""
 
     def __init__(self, folder: pathlib.Path):
+        """folder: on disk, as the arrays are mapped into memory."""
         self.folder = folder
         self._description = json.loads((folder / "plan.json").read_text())
         self.report: dict = self._description["report"]
@@ -59,12 +66,21 @@ class Plan:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "Plan":
+        """Opens the plan that is there; one in a bucket is copied to this machine first.
+
+        Raises:
+          FileNotFoundError: there is none.
+          BucketError: the bucket cannot be reached.
+        """
+        if paths.is_remote(folder):
+            cached = _cached(folder)
+            with locked(_lock(cached)):
+                if not (cached / "plan.json").exists():
+                    _download(paths.reach(folder), cached)
+            return cls(cached)
         folder = pathlib.Path(folder).absolute()
         if not (folder / "plan.json").exists():
-            raise FileNotFoundError(
-                f"there is no row plan in {folder}; make it with python -m data_pipelines.plan --config=… "
-                "(the same config: the folder's name depends on the dataset, the tokenizer and the shape of rows)"
-            )
+            raise _no_plan(folder)
         return cls(folder)
 
     def __reduce__(self):  # worker processes open the files themselves
@@ -105,14 +121,20 @@ def make_plan(
 ) -> Plan:
     """Packs a dataset into rows, or opens the plan that is there already. Its content depends on no worker count.
 
-    Several processes may ask for the same plan: one makes it, the others wait.
+    Several processes may ask for the same plan: one makes it, the others wait. On different machines, for a folder in a
+    bucket, each would make and upload the same files.
 
     Raises:
       ValueError: for an image in a document when rows have no image slots; names the document. For a dataset without a
         single pair, when rows are pairs.
     """
+    if paths.is_remote(folder):
+        remote = paths.reach(folder)
+        if not (remote / "plan.json").exists():
+            _upload(make_plan(dataset, encoder, geometry, _cached(folder), window, workers, progress), remote)
+        return Plan.open(folder)
     folder = pathlib.Path(folder).absolute()
-    with _locked(folder):
+    with locked(_lock(folder)):
         if not (folder / "plan.json").exists():
             partial = folder.with_name(folder.name + ".incomplete")
             partial.mkdir(parents=True, exist_ok=True)
@@ -134,12 +156,42 @@ def make_plan(
     return Plan.open(folder)
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a process that dies
-        yield
+def _no_plan(folder: os.PathLike) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"there is no row plan in {folder}; make it with python -m data_pipelines.plan --config=… "
+        "(the same config: the folder's name depends on the dataset, the tokenizer and the shape of rows). Of several "
+        "machines one makes it: data.plans must then be a folder that all of them see, or in a bucket"
+    )
+
+
+def _cached(folder: str | os.PathLike) -> pathlib.Path:
+    """Where the copy of a plan in a bucket is; its name has the fingerprint, so what is there is never out of date."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache, "nmm_jax", "plans", epath.Path(folder).name).absolute()
+
+
+def _lock(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def _download(remote: epath.Path, folder: pathlib.Path) -> None:
+    if not (remote / "plan.json").exists():
+        raise _no_plan(remote)
+    partial = folder.with_name(folder.name + ".copy")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in FILES:
+        with (remote / name).open("rb") as source, open(partial / name, "wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def _upload(plan: Plan, remote: epath.Path) -> None:
+    with paths.reaching(remote):
+        for name in FILES:
+            with open(plan.folder / name, "rb") as source, (remote / name).open("wb") as target:
+                shutil.copyfileobj(source, target, _BLOCK)
 
 
 def _pack_windows(dataset, encoder, geometry, partial, window, workers, progress) -> list[pathlib.Path]:
@@ -288,9 +340,9 @@ def _report(documents: int, counts: dict, geometry: Geometry) -> dict:
     return {"documents": documents} | counts | derived | ({"left_out": documents - used} if geometry.pairs else {})
 
 
-def plan_folder(config: ConfigDict, source: str, dataset: store.Dataset, encoder: tokenizer.Tokenizer) -> pathlib.Path:
+def plan_folder(config: ConfigDict, source: str, dataset: store.Dataset, encoder: tokenizer.Tokenizer) -> epath.Path:
     """Where the plan of a source lies, or will."""
-    root = pathlib.Path(config.data.plans or pathlib.Path(config.data.root) / "plans")
+    root = epath.Path(config.data.plans or epath.Path(config.data.root) / "plans")
     made_of = key(dataset, encoder, Geometry.from_config(config), config.data.window)
     return root / f"{pathlib.Path(source).name}-{dataset.split}-{fingerprint(made_of)}"
 
@@ -337,4 +389,4 @@ if __name__ == "__main__":
     def main(_):
         print(table(ensure_plans(_CONFIG.value, _SPLIT.value, _WORKERS.value)))
 
-    app.run(main)
+    command_line.run(main)

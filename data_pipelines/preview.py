@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import loading
+from configs import command_line, loading
 from data_pipelines import plan, store
 from data_pipelines.rows import Batch
 from data_pipelines.stream import Stream
@@ -250,4 +250,4 @@ if __name__ == "__main__":
     _SPLIT = flags.DEFINE_enum("split", store.TRAIN, [store.TRAIN, store.HELD_OUT], "of the datasets")
     _ROWS = flags.DEFINE_string("rows", "0:8", "FIRST:LAST, LAST excluded")
     _OUTPUT = flags.DEFINE_string("output", None, "HTML page to write; text in the terminal without it")
-    app.run(main)
+    command_line.run(main)

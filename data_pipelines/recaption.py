@@ -19,9 +19,10 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from configs import command_line
 from data_pipelines.document import Document
 from data_pipelines.formats.json_lines import json_objects
 from data_pipelines.rejects import Rejected
@@ -141,17 +142,12 @@ if __name__ == "__main__":
 
     def main(_: list[str]) -> None:
         command = shlex.join(["python", "-m", "data_pipelines.recaption", *sys.argv[1:]])
-        try:
-            captions = read_captions(CAPTIONS.value)
-            overwrite = OVERWRITE.value
-            print(
-                recaption(
-                    INPUT.value, captions, OUTPUT.value, MODE.value, SPLITS.value, overwrite=overwrite, command=command
-                )
+        captions = read_captions(CAPTIONS.value)
+        overwrite = OVERWRITE.value
+        print(
+            recaption(
+                INPUT.value, captions, OUTPUT.value, MODE.value, SPLITS.value, overwrite=overwrite, command=command
             )
-        except (ValueError, OSError) as e:
-            sys.exit(f"recaption: {e}")
-        except KeyboardInterrupt:
-            sys.exit("recaption: interrupted; no dataset was made")
+        )
 
-    app.run(main)
+    command_line.run(main)

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from data_pipelines import paths
 from data_pipelines.document import Document
 
 FORMAT_VERSION = 1
@@ -70,6 +71,7 @@ class Dataset:
         Raises FileNotFoundError when there is no dataset, ValueError when there is no such split, when it is empty,
         or when its shards are missing or cut.
         """
+        require_on_disk(folder)
         folder = pathlib.Path(folder).absolute()
         card = read_card(folder)
         if split not in card["splits"]:
@@ -118,8 +120,18 @@ class _Whole:
         return self.examples_in_shard
 
 
+def require_on_disk(folder: str | os.PathLike) -> None:
+    """Raises ValueError for a folder in a bucket: a row is many small random reads, which take a disk."""
+    if paths.is_remote(folder):
+        raise ValueError(
+            f"{folder}: documents are read from a disk. Copy them there with python -m data_pipelines.stage "
+            f"--input={folder} --output=FOLDER, or mount the bucket, and name that folder"
+        )
+
+
 def read_card(folder: str | os.PathLike) -> dict:
     """The card of a dataset folder."""
+    require_on_disk(folder)
     path = pathlib.Path(folder) / CARD
     if not path.exists():
         unfinished = incomplete(folder)
@@ -134,6 +146,36 @@ def read_card(folder: str | os.PathLike) -> dict:
             f"{path}: format version {card['format_version']}, this code reads {FORMAT_VERSION}; convert again"
         )
     return card
+
+
+def digest(shard: str | os.PathLike) -> str:
+    """Of the records in a shard's file, as the card has it.
+
+    Raises:
+      ValueError: it is no shard, or a damaged one.
+    """
+    found = _Digest()
+    try:
+        with ArrayRecordDataSource([os.fspath(shard)]) as records:
+            for i in range(len(records)):
+                found.add(records[i])
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{shard}: {e}") from e
+    return found.value
+
+
+class _Digest:
+    """Of records in their order."""
+
+    def __init__(self):
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, record: bytes) -> None:
+        self._hash.update(len(record).to_bytes(8, "little") + record)
+
+    @property
+    def value(self) -> str:
+        return self._hash.hexdigest()
 
 
 def incomplete(folder: str | os.PathLike) -> pathlib.Path:
@@ -191,13 +233,13 @@ class _OpenShard:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._writer = self._write(ArrayRecordWriter, str(path), "group_size:1")
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = _Digest()
         self._documents = self._images = self._text_bytes = self._image_bytes = 0
         self.bytes = 0
 
     def add(self, document: Document, record: bytes) -> None:
         self._write(self._writer.write, record)
-        self._digest.update(len(record).to_bytes(8, "little") + record)
+        self._digest.add(record)
         self.bytes += len(record)
         self._documents += 1
         self._images += len(document.images)
@@ -213,7 +255,7 @@ class _OpenShard:
             self._text_bytes,
             self._image_bytes,
             self._path.stat().st_size,
-            self._digest.hexdigest(),
+            self._digest.value,
         )
 
     def _write(self, action, *arguments):
@@ -234,6 +276,7 @@ class DatasetFolder:
     """
 
     def __init__(self, folder: str | os.PathLike, overwrite: bool = False):
+        require_on_disk(folder)
         self.final = pathlib.Path(folder).absolute()
         self.path = incomplete(self.final)
         if self.final.exists() and not (self.final / CARD).exists():

@@ -11,12 +11,15 @@ import abc
 import functools
 import hashlib
 import os
-import pathlib
 import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from absl import app, flags
+from etils import epath
+
+from configs import command_line
+from data_pipelines import paths
 
 SPECIALS = {
     "pad": "<|pad|>",
@@ -81,7 +84,7 @@ class JsonTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, through the `tokenizers` library."""
 
     def __init__(self, path: str | os.PathLike):
-        self._text = pathlib.Path(path).read_text(encoding="utf-8")
+        self._text = epath.Path(path).read_text(encoding="utf-8")
         ids = {name: self._tokenizer.token_to_id(token) for name, token in SPECIALS.items()}
         missing = [SPECIALS[name] for name, i in ids.items() if i is None]
         if missing:
@@ -127,17 +130,20 @@ def _read(path: str, modified_ns: int) -> JsonTokenizer:
 def load(name: str, root: str = "") -> Tokenizer:
     """The tokenizer "bytes", or that of a tokenizer.json; a relative path is looked up here, then in `root`.
 
+    One in a bucket is read once in a process.
+
     Raises:
       FileNotFoundError: neither is there.
+      BucketError: the bucket that it is in cannot be reached.
       TokenizerError: it is no tokenizer.json, or lacks the special tokens.
     """
     if name == "bytes":
         return ByteTokenizer()
-    places = [pathlib.Path(name), pathlib.Path(root) / name]
+    places = [paths.reach(name)] if paths.is_remote(name) else [epath.Path(name), epath.Path(root) / name]
     for path in places:
         if path.is_file():
             try:
-                return _read(str(path), path.stat().st_mtime_ns)
+                return _read(str(path), 0 if paths.is_remote(path) else os.stat(path).st_mtime_ns)
             except TokenizerError:
                 raise
             except Exception as e:  # the library raises Exception itself for JSON that is no tokenizer
@@ -187,7 +193,7 @@ def prepare(source: str | os.PathLike, path: str | os.PathLike) -> list[str]:
     """Adds the special tokens that a tokenizer.json lacks, behind its own tokens; returns those added."""
     from tokenizers import Tokenizer as Library
 
-    library = Library.from_file(str(source))
+    library = Library.from_str(epath.Path(source).read_text())
     missing = [token for token in SPECIALS.values() if library.token_to_id(token) is None]
     library.add_special_tokens(missing)
     _save(library, path)
@@ -195,11 +201,8 @@ def prepare(source: str | os.PathLike, path: str | os.PathLike) -> list[str]:
 
 
 def _save(library, path: str | os.PathLike) -> None:
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    library.save(str(temporary))
-    os.replace(temporary, target)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    paths.write_text(path, library.to_str(pretty=True))
 
 
 def _texts(folders: list[str], limit: int) -> Iterator[str]:
@@ -247,4 +250,4 @@ if __name__ == "__main__":
     )
     _KIND = flags.DEFINE_enum("kind", "bpe", ["bpe", "words"], "byte-level BPE, or whole words")
     _MEGABYTES = flags.DEFINE_integer("megabytes", 512, "of text to train on, at most", lower_bound=1)
-    app.run(main)
+    command_line.run(main, words=True)

@@ -12,8 +12,9 @@ text.
 import json
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from configs import command_line
 from data_pipelines import images
 from data_pipelines.store import TRAIN, Dataset
 
@@ -67,4 +68,4 @@ if __name__ == "__main__":
                     said = caption(images.to_eval(document.images[0], SIDE))
                     lines.write(json.dumps({"id": document.id, "caption": said}) + "\n")
 
-    app.run(main)
+    command_line.run(main)

@@ -3,6 +3,8 @@
 #
 #   launch/local.sh --processes=2 --devices=4 -- python -m nmm_jax.train --config=configs/small.py --workdir=runs/small
 set -euo pipefail
+# shellcheck source=launch/settings.sh
+source "$(dirname "$0")/settings.sh"
 
 usage() {
   cat <<'TEXT'
@@ -19,52 +21,30 @@ script ends with its exit code.
 TEXT
 }
 
-die() {
-  echo "launch/local.sh: $1 (--help tells more)" >&2
-  exit 2
-}
-
-processes=1 devices=1 port='' dry_run=''
-while (($#)); do
-  case $1 in
-    --processes=*) processes=${1#*=} ;;
-    --devices=*) devices=${1#*=} ;;
-    --port=*) port=${1#*=} ;;
-    --dry-run) dry_run=1 ;;
-    -h | --help) usage && exit 0 ;;
-    --) shift && break ;;
-    *) die "unknown argument '$1'; the command comes after --" ;;
-  esac
-  shift
-done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes is not a positive number"
-[[ $devices =~ ^[1-9][0-9]*$ ]] || die "--devices=$devices is not a positive number"
-(($#)) || die "no command after --"
+processes=1 devices=1 port=''
+read_settings processes devices port -- "$@"
+require command
+require_count processes devices
 
 if [[ -z $port ]]; then
-  # A port that nobody listens on; the kernel's own choice needs a program to ask it.
+  # A port that nobody listens on, below those that the kernel lends to connections (from 32768).
   for _ in {1..100}; do
-    port=$((20000 + RANDOM % 30000))
+    port=$((20000 + RANDOM % 12000))
     (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null || break
   done
 fi
 
-export JAX_PLATFORMS=cpu NMM_COORDINATOR=localhost:$port NMM_PROCESS_COUNT=$processes
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-
-if [[ -n $dry_run ]]; then
-  for ((id = 0; id < processes; id++)); do
-    printf '%s ' JAX_PLATFORMS=cpu "XLA_FLAGS='${XLA_FLAGS# }'" "NMM_COORDINATOR=$NMM_COORDINATOR" \
-      "NMM_PROCESS_COUNT=$processes" "NMM_PROCESS_ID=$id"
-    printf '%q ' "$@"
-    echo
-  done
-  exit 0
-fi
+flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
+variables=(JAX_PLATFORMS=cpu XLA_FLAGS="$flags" NMM_COORDINATOR=localhost:"$port" NMM_PROCESS_COUNT="$processes")
 
 children=()
 for ((id = 0; id < processes; id++)); do
-  NMM_PROCESS_ID=$id "$@" > >(sed -u "s/^/[$id] /") 2> >(sed -u "s/^/[$id] /" >&2) &
+  process=(env "${variables[@]}" NMM_PROCESS_ID="$id" "${command[@]}")
+  if [[ -n $dry_run ]]; then
+    quoted "${process[@]}"
+    continue
+  fi
+  "${process[@]}" > >(sed -u "s/^/[$id] /") 2> >(sed -u "s/^/[$id] /" >&2) &
   children+=($!)
 done
 

@@ -6,8 +6,9 @@ python -m data_pipelines.scenes --output=ROOT [--captions=N --interleaved=N --te
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from configs import command_line
 from data_pipelines.scenes import preview
 from data_pipelines.scenes.corpus import Corpus
 from data_pipelines.scenes.scene import LEVELS
@@ -27,9 +28,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace datasets that are th
 _PREVIEW = flags.DEFINE_string("preview", "", "also write a contact sheet of the first documents to this .png")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+def main(_: list[str]) -> None:
     started = time.monotonic()
     corpus = Corpus(level=_LEVEL.value, size=_SIZE.value, seed=_SEED.value)
     counts = {"captions": _CAPTIONS.value, "interleaved": _INTERLEAVED.value, "text": _TEXT.value}
@@ -42,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -45,11 +45,12 @@ def documents(source: str, count: int, seed: int) -> list[Document]:
     return made
 
 
-def write(root: pathlib.Path, counts: tuple[int, ...] = (90, 60, 50), split: str = "train") -> None:
+def write(root: pathlib.Path, counts: tuple[int, ...] = (90, 60, 50), split: str = "train", held_out: int = 0) -> None:
+    """Of each source's documents the first `held_out` are in the split of that name, the others in `split`."""
     for k, (source, count) in enumerate(zip(SOURCES, counts, strict=True)):
         with DatasetWriter(root / source, source) as writer:
-            for document in documents(source, count, seed=k):
-                writer.add(document, split)
+            for number, document in enumerate(documents(source, count, seed=k)):
+                writer.add(document, "held_out" if number < held_out else split)
 
 
 def config_for(root: pathlib.Path):
