@@ -10,21 +10,18 @@ slows all of them alike. Without --input the images are generated: smooth shapes
 
 import io
 import itertools
-import json
 import math
-import pathlib
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 
 import cv2
 import numpy as np
-import PIL
 import simplejpeg
 from absl import app, flags
 from PIL import Image
 
+from benchmarks.tables import table
+from benchmarks.timing import origin, write
 from data_pipelines import images
 from data_pipelines.store import Dataset
 
@@ -33,6 +30,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 _IMAGES = flags.DEFINE_integer("images", 64, "at most so many", lower_bound=1)
 _SIZE = flags.DEFINE_integer("size", 224, "of the result", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "each image is timed so often, the best counts", lower_bound=1)
+
+COLUMNS = {
+    "way": ("way", ""), "ms": ("ms/image", ".2f"), "speed": ("images/s", ",.0f"), "db": ("dB", ".1f"),
+}  # fmt: skip
 
 Way = Callable[[bytes, int], np.ndarray]
 
@@ -145,23 +146,14 @@ def main(_):
     kilobytes = float(np.mean([len(d) for d in encoded])) / 1e3
     print(f"{len(encoded)} JPEGs ({source}), {kilobytes:.0f} kB and {megapixels:.2f} megapixels on average")
     print(f"to {_SIZE.value} x {_SIZE.value}\n")
-    print(f"| {'way':30} | ms/image | images/s |   dB |\n|{'-' * 32}|---:|---:|---:|")
-    for name, row in measured.items():
-        print(f"| {name:30} | {row['ms']:8.2f} | {1e3 / row['ms']:8.0f} | {row['db']:4.1f} |")
+    print(table([{"way": name, "speed": 1e3 / row["ms"], **row} for name, row in measured.items()], COLUMNS))
     if _OUTPUT.value:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         record = {
             "images": {"source": source, "count": len(encoded), "kilobytes": kilobytes, "megapixels": megapixels},
             "size": _SIZE.value,
             "ways": measured,
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-            "versions": {"Pillow": PIL.__version__, "opencv": cv2.__version__, "simplejpeg": simplejpeg.__version__},
-            "commit": commit.strip(),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
-        pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=2) + "\n")
+        write(_OUTPUT.value, record | origin(("pillow", "opencv-python-headless", "simplejpeg")))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,13 @@ with every expert); and transformers' Mixtral block on the same weights and toke
 (`make .venv-all/ready`, then .venv-all/bin/python), by its loop over experts ("eager") and by the grouped product that
 it chooses by itself. Outputs are compared before anything is timed.
 
-All are timed in turns, one run of each a round, with a pause between (threads of one library that still wait for work
-take time from the next); "x dense" is the median over rounds of the ratio to the dense block's time in that round.
-What takes more than 5 s is run once. "needed" are the products of one matrix for each token, three of the SwiGLU and
-the router's, times three for the two gradients; "more" is what is multiplied beyond that, where it can be counted.
+All are timed in turns; "x dense" is the median over rounds of the ratio to the dense block's time in that round.
+"needed" are the products of one matrix for each token, three of the SwiGLU and the router's, times three for the two
+gradients; "more" is what is multiplied beyond that, where it can be counted.
 """
 
 import dataclasses
-import json
 import os
-import pathlib
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +25,8 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from benchmarks.tables import table
+from benchmarks.timing import Timed, in_turns, origin, ratio, write
 from configs.base import base
 from nmm_jax.models import grouped_matmul
 from nmm_jax.models.layers import FeedForward
@@ -47,19 +42,22 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "runs of each, after one that is not
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU cores to run on; 0 is all", lower_bound=0)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 
-PAUSE, ONCE = 0.25, 5.0  # seconds: between runs, and beyond which one run has to do
+COLUMNS = {
+    "way": ("way", ""), "experts": ("experts", "d"), "milliseconds": ("ms", ",.1f"), "times_dense": ("x dense", ".2f"),
+    "needed_gflop": ("needed GFLOP", ",.2f"), "gflop_per_second": ("GFLOP/s", ",.0f"), "more_flop": ("more", ".1%"),
+    "imbalance": ("busiest / mean", ".2f"),
+}  # fmt: skip
 
 Values = dict[str, Any]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Case:
     way: str
-    experts: int  # 0: dense
+    experts: int | None  # None: dense
     run: Callable[[], Any]  # once forward and backward, until it is done
     needed: float  # FLOPs
     executed: float | None
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def spec_of(experts: int, dtype: str) -> Spec:
@@ -147,7 +145,7 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
     x, dy = (jnp.asarray(a, dtype) for a in (x32, dy32))
     needed = 18.0 * tokens * d * f
     apply, params = module_of(lambda: FeedForward(spec_of(0, dtype), 0, rngs=nnx.Rngs(params=0)))
-    made = [Case("dense SwiGLU", 0, forward_and_backward(apply, params, x, dy)[0], needed, needed)]
+    made = [Case("dense SwiGLU", None, forward_and_backward(apply, params, x, dy)[0], needed, needed)]
     modality, imbalance = jnp.zeros((1, tokens), jnp.int32), {}
     for n, experts in enumerate(sorted(int(e) for e in _EXPERTS.value)):
         spec = spec_of(experts, dtype)
@@ -191,94 +189,44 @@ def compare(rival: Case, y: jax.Array, dx: jax.Array | None) -> None:
             raise ValueError(f"{rival.way} at {rival.experts} experts differs from ours by {error:.2g}")
 
 
-def measure(made: list[Case]) -> None:
-    slow = set()
-    for n in range(_ROUNDS.value + 1):
-        for case in made:
-            if case in slow:
-                continue
-            time.sleep(PAUSE)
-            begin = time.perf_counter()
-            case.run()
-            seconds = time.perf_counter() - begin
-            if n == 0 and seconds > ONCE:
-                slow.add(case)
-            if n or case in slow:
-                case.seconds.append(seconds)
-
-
-def times_dense(case: Case, dense: Case) -> float:
-    if len(case.seconds) == 1:
-        return case.seconds[0] / statistics.median(dense.seconds)
-    return statistics.median(s / d for s, d in zip(case.seconds, dense.seconds, strict=True))
-
-
 def main(_):
     if _THREADS.value:  # before JAX and torch count the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     made, imbalance = cases(dtype)
-    measure(made)
-    rows = []
-    for case in made:
-        rows.append(
-            {
-                "way": case.way,
-                "experts": case.experts,
-                "milliseconds": 1e3 * statistics.median(case.seconds),
-                "times_dense": times_dense(case, made[0]),
-                "needed_gflop": case.needed / 1e9,
-                "gflop_per_second": case.needed / 1e9 / statistics.median(case.seconds),
-                "more_flop": None if case.executed is None else case.executed / case.needed - 1,
-                "imbalance": imbalance.get(case.experts),
-                "seconds": case.seconds,
-            }
-        )
+    timed = [Timed(case.run) for case in made]
+    in_turns(timed, _ROUNDS.value)
+    rows = [
+        {
+            "way": case.way,
+            "experts": case.experts,
+            "milliseconds": 1e3 * way.median,
+            "times_dense": ratio(way, timed[0]),
+            "needed_gflop": case.needed / 1e9,
+            "gflop_per_second": case.needed / 1e9 / way.median,
+            "more_flop": None if case.executed is None else case.executed / case.needed - 1,
+            "imbalance": imbalance.get(case.experts or 0),
+            "seconds": way.seconds,
+        }
+        for case, way in zip(made, timed, strict=True)
+    ]
     device = jax.devices()[0].device_kind
     print(
         f"{_TOKENS.value:,} tokens, D={_WIDTH.value}, F={_FFN.value}, {dtype}, {device}, top-1, forward and backward\n"
     )
-    print(f"| {'way':26} | experts |      ms | x dense | needed GFLOP | GFLOP/s |    more | busiest / mean |")
-    print(f"|{'-' * 28}|{'---:|' * 7}")
-    for row in rows:
-        more = "" if row["more_flop"] is None else f"{row['more_flop']:.1%}"
-        busiest = "" if row["imbalance"] is None else f"{row['imbalance']:.2f}"
-        print(
-            f"| {row['way']:26} | {row['experts'] or '':>7} | {row['milliseconds']:7.1f} | {row['times_dense']:7.2f}"
-            f" | {row['needed_gflop']:12.2f} | {row['gflop_per_second']:7.0f} | {more:>7} | {busiest:>14} |"
-        )
+    print(table(rows, COLUMNS))
+    missing = {}
+    if not any(row["way"].startswith("transformers") for row in rows):
+        missing["transformers"] = "is not installed here: `make .venv-all/ready`, then .venv-all/bin/python"
+    if jax.default_backend() != "gpu":
+        missing["kernels for GPUs"] = "need one: python -m benchmarks.moe --width=2048 --ffn=5632 --experts=8,64 there"
+    print()
+    for what, why in missing.items():
+        print(f"not measured here: {what}: {why}")
     if _OUTPUT.value:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-        record = {
-            "tokens": _TOKENS.value,
-            "width": _WIDTH.value,
-            "ffn": _FFN.value,
-            "dtype": dtype,
-            "rounds": _ROUNDS.value,
-            "ways": rows,
-            "machine": {
-                "device": device,
-                "processor": platform.processor() or platform.machine(),
-                "cores": len(os.sched_getaffinity(0)),
-                "python": platform.python_version(),
-            },
-            "versions": versions("jax", "torch", "transformers"),
-            "commit": commit.strip(),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        }
-        pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def versions(*packages: str) -> dict[str, str]:
-    import importlib.metadata
-
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
+        sizes = {"tokens": _TOKENS.value, "width": _WIDTH.value, "ffn": _FFN.value, "dtype": dtype}
+        record = sizes | {"rounds": _ROUNDS.value, "threads": _THREADS.value, "ways": rows, "not_measured": missing}
+        write(_OUTPUT.value, record | origin(("jax", "jaxlib", "torch", "transformers", "tokamax")))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class AIMv2(nnx.Module):
         rotary = rotary_tables(positions, spec.head_dim, spec.rope_theta) if spec.rope_theta else None
 
         def attend(q, k, v):
-            return attention(q, k, v, segments, until, spec.attention), None
+            return attention(q, k, v, segments, until, spec.attention, constrain), None
 
         def apply(block: Block, x, _):
             return block(x, rotary, None, attend, constrain)

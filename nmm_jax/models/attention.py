@@ -9,20 +9,41 @@
     rest of its image. Other fillings of attend_until        5   . . . . . x .
     are other masks; nothing else encodes one.               6   . . . . . x x
 
-Every position belongs to a segment (padding is segment 0 and sees itself), so no query is without a key.
-`attention` is the one place that picks an implementation.
+Every position belongs to a segment, whose positions lie side by side (padding is segment 0), and sees itself; so no
+query is without a key. `attention` is the one place that picks an implementation. The kernels for accelerators know
+only the interval of each query, `first` <= key < `until`, and go through the blocks of keys that some interval reaches:
+
+    reference   all scores of a row at once, at least float32; what the others are tested against     anywhere
+    blocked     the scores of BLOCK queries at a time and all keys                                     anywhere
+    splash      models/attention_tpu.py                                                                TPU
+    triton      models/attention_gpu.py                                                                NVIDIA GPU
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from nmm_jax.parallel.mesh import BATCH_AXES
+from nmm_jax.parallel.sharding import ON_ONE_DEVICE, Constrain
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "triton")
+KERNELS = {"splash": ("tpu",), "triton": ("gpu", "cuda")}  # and the platforms that run them
 
 # Queries whose scores exist at a time in the blocked form. On CPU (2 cores, S=1024) blocks of 64, 128, 256 and 512 took
 # 0.54, 0.54, 0.46 and 0.49 s forward and backward; all at once 0.36 s, in memory that grows with the square of S.
 BLOCK = 256
+
+# What model.remat = "minimal" keeps by this name (models/decoder.py): the output, and what else a kernel's backward
+# pass has from its forward pass. Each implementation names it: named once more, it would be kept once more.
+ATTENDED = "attended"
+
+Kernel = Callable[..., Float[Array, "B S H K"]]  # (q, k, v, first, until)
 
 
 def attention(
@@ -32,20 +53,42 @@ def attention(
     segment_ids: Int[Array, "B S"],
     attend_until: Int[Array, "B S"],
     implementation: str = "auto",
+    constrain: Constrain = ON_ONE_DEVICE,
 ) -> Float[Array, "B S H K"]:
     """softmax(q k / sqrt(K)) v over each query's interval; each group of H / G query heads shares a key-value head.
 
     Args:
-      implementation: "reference" (all scores at once, at least float32), "blocked" (scores of `BLOCK` queries at a
-        time, recomputed in the backward pass) or "auto".
+      implementation: one of IMPLEMENTATIONS; "auto" is the kernel of the platform that will run it, else "blocked".
+      constrain: its mesh tells that platform. Kernels run on each device's own rows and heads.
+
+    Raises:
+      ValueError: the platform does not run the implementation, or the kernel not the type.
     """
     if implementation == "auto":
-        implementation = "blocked"  # on every backend; rows of up to BLOCK positions are one block
+        implementation = _automatic(constrain, q.shape[3])
     if implementation == "reference":
-        return _reference(q, k, v, segment_ids, attend_until)
+        return checkpoint_name(_reference(q, k, v, segment_ids, attend_until), ATTENDED)
     if implementation == "blocked":
-        return _blocked(q, k, v, segment_ids, attend_until)
-    raise ValueError(f"model.attention = {implementation!r}; expected auto, reference or blocked")
+        return checkpoint_name(_blocked(q, k, v, segment_ids, attend_until), ATTENDED)
+    kernel = _kernel(implementation, constrain.platform, q.dtype)
+    first, until = intervals(segment_ids, attend_until)
+    mesh = constrain.mesh
+    if mesh is None or mesh.size == 1:
+        return kernel(q, k, v, first, until)
+    return _on_each_device(kernel, mesh, q, k, v, first, until)
+
+
+def intervals(
+    segment_ids: Int[Array, "B S"], attend_until: Int[Array, "B S"]
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """The first key that each query sees, and the one behind the last; int32, both within the query's segment."""
+    length = segment_ids.shape[1]
+    at = jnp.arange(length, dtype=jnp.int32)
+    ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    begins = jnp.roll(ends, 1, axis=1)
+    first = jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(ends, at + 1, length), axis=1, reverse=True)
+    return first, jnp.minimum(attend_until.astype(jnp.int32), end)
 
 
 def visible(
@@ -86,6 +129,50 @@ def masked_attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads, head_dim).astype(q.dtype)
 
 
+def _automatic(constrain: Constrain, head_dim: int) -> str:
+    if constrain.platform in KERNELS["splash"]:
+        return "splash"
+    if constrain.platform in KERNELS["triton"]:
+        from nmm_jax.models import attention_gpu
+
+        device = jax.local_devices()[0] if constrain.mesh is None else constrain.mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", "")  # "9.0" of NVIDIA's, "gfx942" of AMD's
+        is_number = capability.replace(".", "").isdecimal()
+        return "triton" if is_number and attention_gpu.supports(float(capability), head_dim) else "blocked"
+    return "blocked"
+
+
+def _kernel(implementation: str, platform: str, dtype: jnp.dtype) -> Kernel:
+    if implementation not in KERNELS:
+        raise ValueError(f"model.attention = {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    if platform not in KERNELS[implementation]:
+        raise ValueError(
+            f"model.attention = {implementation!r} runs on {KERNELS[implementation][0]}, not on {platform}; 'auto' "
+            "takes what does"
+        )
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"model.attention = {implementation!r} takes float32 or bfloat16, not {dtype}")
+    if implementation == "splash":
+        from nmm_jax.models import attention_tpu
+
+        return attention_tpu.splash
+    from nmm_jax.models import attention_gpu
+
+    return attention_gpu.triton
+
+
+def _on_each_device(kernel: Kernel, mesh: Mesh, q, k, v, first, until):
+    """With its own rows and heads. All of a few rows that do not divide, as of prompts."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = BATCH_AXES if len(q) % parts == 0 else None
+    heads, interval = PartitionSpec(rows, None, "tensor"), PartitionSpec(rows)
+    # Manual over all axes: kernels have no partitioning rule, and XLA's partitioner crashes on partly manual ones.
+    local = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(heads, heads, heads, interval, interval), out_specs=heads, check_vma=False
+    )
+    return local(q, k, v, first, until)
+
+
 def _reference(q, k, v, segment_ids, attend_until):
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     mask = visible(segment_ids, attend_until, segment_ids)
@@ -95,7 +182,9 @@ def _reference(q, k, v, segment_ids, attend_until):
 
 def _blocked(q, k, v, segment_ids, attend_until):
     b, s, heads, head_dim = q.shape
-    block = min(BLOCK, s)
+    if s <= BLOCK:  # all of it is one block, whose scores need not be made again for the backward pass
+        return masked_attention(q, k, v, visible(segment_ids, attend_until, segment_ids))
+    block = BLOCK
     padding = -s % block  # queries that see nothing, cut off again
     queries = [jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (q, segment_ids, attend_until)]
     blocks = [jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0) for x in queries]

@@ -14,6 +14,7 @@ Average, attention and C-Abstractor are those that MM1 compares (arXiv 2403.0961
 Letters in shapes: N images, P patches, M positions, I width that comes in, D width that goes out, W width inside.
 """
 
+import abc
 import math
 from collections.abc import Callable, Iterator
 
@@ -37,9 +38,9 @@ SQUEEZE = 0.25  # of the channels that enter a block: those inside its squeeze-e
 class Connector(nnx.Module):
     """What all of them are."""
 
+    @abc.abstractmethod
     def __call__(self, features: Float[Array, "N P I"], constrain: Constrain) -> Float[Array, "N M D"]:
         """Features in reading order, without a class token, to the decoder's positions, in the features' type."""
-        raise NotImplementedError
 
 
 def make_connector(spec: ConnectorSpec, *, rngs: nnx.Rngs) -> Connector:

@@ -65,7 +65,7 @@ class Contrastive(nnx.Module):
         modality = jnp.where(segments > 0, 0, -1)
 
         def attend(q, k, v):
-            return attention(q, k, v, segments, until, spec.attention), None
+            return attention(q, k, v, segments, until, spec.attention, constrain), None
 
         def apply(block: Block, x, _):
             return block(x, rotary, modality, attend, constrain)

@@ -15,11 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from nmm_jax.models.attention import ATTENDED
 from nmm_jax.models.deep_fusion import ByModality
-from nmm_jax.models.layers import ACTIVATIONS, FeedForward, Norm, bias, rotate, weight
+from nmm_jax.models.layers import ACTIVATIONS, FeedForward, Norm, bias, on_rows, product, rotate, weight
 from nmm_jax.models.moe import EXCHANGED, MoE
 from nmm_jax.models.router import CHOICE, Statistics
 from nmm_jax.models.spec import StackSpec
+from nmm_jax.parallel import gathered
 from nmm_jax.parallel.sharding import Constrain
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -30,7 +32,7 @@ MODULES = ("qkv", "out", "ffn", "norms")  # that modalities may have apart
 # What a layer keeps for its backward pass under model.remat = "minimal": the outputs of its large products and of
 # attention, and what crossed the network. Norms, rotary turns and the activation are computed again.
 BLOCK_INPUT = "block_input"
-KEPT = (*QKV, "attended", "ffn_gate", "ffn_up", *EXCHANGED)
+KEPT = (*QKV, ATTENDED, "ffn_gate", "ffn_up", *EXCHANGED)
 
 
 class SelfAttention(nnx.Module):
@@ -153,6 +155,7 @@ class Weights:
         text, image = getattr(self.block, name), self.of_images(name)
         return self.apart.select(text(x), image(x)) if image else text(x)
 
+    @jax.named_scope("attention")
     def attention(
         self, x: Float[Array, "B S D"], rotary: tuple[Array, Array] | None, attend: Attend
     ) -> tuple[Float[Array, "B S D"], Any]:
@@ -160,14 +163,15 @@ class Weights:
         q, k = self.head_norm("query_norm", q), self.head_norm("key_norm", k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        attended, kept = attend(self.constrain(q, ("batch", "sequence", "heads_act", None)), k, v)
-        attended = checkpoint_name(attended, "attended")
+        with jax.named_scope("attend"):
+            attended, kept = attend(self.constrain(q, ("batch", "sequence", "heads_act", None)), k, v)
         return self.attention_out(attended), kept
 
     def query_key_value(self, x: Float[Array, "B S D"]) -> list[Float[Array, "B S ?H K"]]:
         text, image = self.block.attention, self.of_images("attention")
         if getattr(image, "query", None) is None:
-            found = [jnp.einsum("bsd,dhk->bshk", x, getattr(text, n)[...].astype(x.dtype)) for n in QKV]
+            params = {n: getattr(text, n) for n in QKV}
+            found = self.products(x, params, 1, result_axes=("batch", None, "heads_act"))
         else:
             flat = [tuple(getattr(w, n)[...].reshape(x.shape[-1], -1) for w in (text, image)) for n in QKV]
             products = self.apart.products(x, flat)
@@ -186,11 +190,20 @@ class Weights:
     def attention_out(self, attended: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
         text, image = self.block.attention, self.of_images("attention")
         if getattr(image, "out", None) is None:
-            y = jnp.einsum("bshk,hkd->bsd", attended, text.out[...].astype(attended.dtype))
+            heads = ("batch", None, "heads_act")
+            (y,) = self.products(attended, {"out": text.out}, 2, rows_axes=heads, result_axes=None)
         else:
             own, others = (w.out[...].reshape(-1, w.out.shape[-1]) for w in (text, image))
             y = self.apart.residual_product(attended.reshape(*attended.shape[:2], -1), (own, others))
         return self.with_bias(y, text, image, "out_bias")
+
+    def products(self, x: Array, params: dict[str, nnx.Param], summed: int, **axes: Any) -> list[Array]:
+        platform = self.constrain.platform
+
+        def compute(x: Array, weights: gathered.Weights, _: Constrain) -> list[Array]:
+            return [product(x, weights[name], platform, summed) for name in params]
+
+        return on_rows(compute, x, params, x.dtype, self.constrain, **axes)
 
     def with_bias(self, y: Array, text: SelfAttention, image: SelfAttention | None, name: str) -> Array:
         own, others = getattr(text, name, None), getattr(image, name, None)
@@ -200,6 +213,7 @@ class Weights:
             return y + flat.reshape(*flat.shape[:2], *others.shape)
         return y if own is None else y + own[...].astype(y.dtype)
 
+    @jax.named_scope("ffn")
     def feed_forward(self, x: Float[Array, "B S D"], modality: Array | None) -> tuple[Array, Statistics]:
         text, image = self.block.ffn, self.of_images("ffn")
         if isinstance(text, MoE):
@@ -264,10 +278,8 @@ def run_blocks(
         merged = nnx.merge(graph, params)
         return apply(merged if period == 1 else getattr(merged, f"block_{j}"), x, own)
 
-    if spec.remat != "none":
-        # Inside a loop nothing can undo the recomputation; unrolled, common subexpressions would be merged again.
-        policy = remat_policy(spec.remat)
-        layer = jax.checkpoint(layer, static_argnums=0, policy=policy, prevent_cse=not spec.scan_layers)
+    # Inside a loop nothing can undo the recomputation; unrolled, common subexpressions would be merged again.
+    layer = jax.checkpoint(layer, static_argnums=0, policy=remat_policy(spec.remat), prevent_cse=not spec.scan_layers)
 
     def layers_of_period(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, tuple[Any, Statistics]]:
         params, own = inputs
@@ -292,6 +304,8 @@ def _stacked(trees: list[Any]) -> Any:
 
 def remat_policy(name: str) -> Callable[..., bool]:
     """Which of a layer's values are kept for the backward pass, besides its input and its router's choice."""
+    if name == "none":
+        return gathered.is_kept
     names = {"full": (), "exchanges": EXCHANGED, "minimal": KEPT}
     if name not in names:
         raise ValueError(f"model.remat = {name!r}; expected none, full, exchanges or minimal")

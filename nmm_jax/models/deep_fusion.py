@@ -24,10 +24,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nmm_jax.models.dispatch import Order, from_groups, sort_by_group, to_groups
 from nmm_jax.models.grouped_matmul import grouped_matmul
-from nmm_jax.models.moe import gather_shards
 from nmm_jax.models.spec import Spec
+from nmm_jax.parallel.gathered import gather, sum_of_shares
 from nmm_jax.parallel.mesh import BATCH_AXES
-from nmm_jax.parallel.sharding import Constrain
+from nmm_jax.parallel.sharding import Axes, Constrain, spec
 
 TEXT, IMAGE, PADDING = 0, 1, -1
 
@@ -116,7 +116,7 @@ class ByModality:
         x: Float[Array, "B S D"],
         x_axis: str | None,
         weights: Sequence[Pair],
-        axes: Sequence[PartitionSpec],
+        axes: Sequence[Axes],
         partial_sums: Sequence[bool],
     ) -> tuple[Float[Array, "B S M"], ...]:
         """Rows of x, sorted, through `compute` and put back; 0 at padding.
@@ -124,7 +124,7 @@ class ByModality:
         Args:
           compute: (rows [C,D], product, *pairs of matrices) -> arrays [C,M].
           x_axis: of the mesh, that the last axis of x is cut over.
-          axes: how each pair of matrices is cut.
+          axes: of each pair of matrices, logical.
           partial_sums: which results are a tensor shard's share of a sum; the others are cut over tensor.
         """
         mesh, platform = self.constrain.mesh, self.constrain.platform
@@ -133,28 +133,27 @@ class ByModality:
             return _compute(platform, compute, x, self.order, cast)
 
         def body(x: Array, order: Order, shards: Sequence[Pair]) -> tuple[Array, ...]:
-            def whole(w: Array, cut: PartitionSpec) -> Array:
-                return gather_shards(w[None], 1 + cut.index("fsdp"), mesh)[0]
-
-            pairs = [(whole(text, cut), whole(image, cut)) for (text, image), cut in zip(shards, axes, strict=True)]
+            pairs = [
+                (gather(text, of_pair, mesh), gather(image, of_pair, mesh))
+                for (text, image), of_pair in zip(shards, axes, strict=True)
+            ]
             found = _compute(platform, compute, x, order, pairs)
             return tuple(y[None] if part else y for y, part in zip(found, partial_sums, strict=True))
 
         found = jax.shard_map(
             body,
             mesh=mesh,
-            in_specs=(PartitionSpec(BATCH_AXES, None, x_axis), _ORDER, [(cut, cut) for cut in axes]),
+            in_specs=(PartitionSpec(BATCH_AXES, None, x_axis), _ORDER, [(spec(of_pair),) * 2 for of_pair in axes]),
             out_specs=tuple(_PARTS if part else _CUT for part in partial_sums),
             check_vma=False,
         )(x, self.order, cast)
-        # Summed here and not by a psum inside, as in models/moe.py: the gradient is then known to be a broadcast.
-        return tuple(y.sum(0) if part else y for y, part in zip(found, partial_sums, strict=True))
+        return tuple(sum_of_shares(y) if part else y for y, part in zip(found, partial_sums, strict=True))
 
 
 _ROWS = PartitionSpec(BATCH_AXES)
 _ORDER: Any = Order(*[_ROWS] * 3)  # type: ignore[arg-type]
 _CUT, _PARTS = PartitionSpec(BATCH_AXES, None, "tensor"), PartitionSpec("tensor", BATCH_AXES)
-_IN, _OUT = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+_IN, _OUT = ("embed", "mlp"), ("mlp", "embed")  # of matrices, logical axes
 
 
 def _sort(groups: Int[Array, "b S"]) -> Order:

@@ -27,11 +27,10 @@ from nmm_jax.models.deep_fusion import with_copies
 from nmm_jax.models.multimodal import Cache, Multimodal
 from nmm_jax.models.router import Statistics, rebalanced
 from nmm_jax.models.spec import Spec
-from nmm_jax.parallel.sharding import Constrain
+from nmm_jax.parallel.sharding import ON_ONE_DEVICE, Constrain
 
 Params = dict[str, Any]
 
-ON_ONE_DEVICE = Constrain()
 ROUTER_LOSSES = ("balance_loss", "router_z_loss")
 
 

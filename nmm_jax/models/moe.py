@@ -28,6 +28,7 @@ from nmm_jax.models.layers import FeedForward, weight
 from nmm_jax.models.router import Choice, Statistics, route, route_by_modality
 from nmm_jax.models.spec import MoESpec, StackSpec
 from nmm_jax.parallel import exchange
+from nmm_jax.parallel.gathered import gather, sum_of_shares
 from nmm_jax.parallel.mesh import BATCH_AXES
 from nmm_jax.parallel.sharding import Constrain, spec
 
@@ -90,12 +91,14 @@ class MoE(nnx.Module):
           y, and balance_loss [], router_z_loss [], expert_tokens int32 [2,E] (by modality, before any drop),
           dropped_tokens int32 [], router_entropy [2] (sums over tokens, nats).
         """
-        if self.moe.modality == "fixed":
-            choice, statistics = route_by_modality(self.moe, modality)
-        else:
-            bias = jax.lax.stop_gradient(self.router.bias[...]) if self.moe.balance == "bias" else None
-            choice, statistics = route(self.moe, self.router(x), modality, bias)
-        y, dropped = apply_experts(self.moe, x, choice, self.experts.weights(x.dtype), constrain)
+        with jax.named_scope("router"):
+            if self.moe.modality == "fixed":
+                choice, statistics = route_by_modality(self.moe, modality)
+            else:
+                bias = jax.lax.stop_gradient(self.router.bias[...]) if self.moe.balance == "bias" else None
+                choice, statistics = route(self.moe, self.router(x), modality, bias)
+        with jax.named_scope("experts"):
+            y, dropped = apply_experts(self.moe, x, choice, self.experts.weights(x.dtype), constrain)
         if self.moe.shared:
             y = y + self.shared(x, constrain)
         return y, statistics | {"dropped_tokens": dropped}
@@ -111,7 +114,7 @@ def apply_experts(
         return local(x, *choice, weights, axis_size=1)
 
     def body(x: Array, experts: Array, gates: Array, *shards: Array) -> tuple[Array, Array]:
-        whole = [gather_shards(w, axes.index("embed"), mesh) for w, axes in zip(shards, Experts.AXES, strict=True)]
+        whole = [gather(w, axes, mesh) for w, axes in zip(shards, Experts.AXES, strict=True)]
         y, dropped = local(x, experts, gates, tuple(whole), axis_size=mesh.shape["expert"])
         return y[None], jax.lax.psum(dropped, BATCH_AXES)
 
@@ -123,9 +126,7 @@ def apply_experts(
         out_specs=(PartitionSpec("tensor", BATCH_AXES), PartitionSpec()),
         check_vma=False,
     )(x, choice.experts, choice.gates, *weights)
-    # Each part of the width gives a part of the sum. Summed here, where XLA knows that the gradient is a broadcast; a
-    # psum inside would be one all-reduce more in the backward pass.
-    return parts.sum(0), dropped
+    return sum_of_shares(parts), dropped  # each part of the width gives a part of the sum
 
 
 def _apply(
@@ -226,21 +227,3 @@ def _feed_forward(
 
 def _combine(found: Float[Array, "T k D"], gates: Float[Array, "T k"]) -> Float[Array, "T D"]:
     return (found.astype(jnp.float32) * gates[..., None]).sum(1).astype(found.dtype)
-
-
-def gather_shards(w: Float[Array, "E ..."], dimension: int, mesh: Mesh) -> Float[Array, "E ..."]:
-    """The whole of a weight that is cut over fsdp along `dimension`, 1 or 2.
-
-    Its gradient has to be a reduce-scatter. Of a tiled gather, XLA's TPU compiler (libtpu 0.0.42) makes an all-reduce
-    of the whole gradient where the leading axis has size 1, and where the last axis is cut into shards of 128; the
-    forms below it leaves as they are (tests/test_compile_tpu_moe.py).
-    """
-    shards = mesh.shape["fsdp"]
-    if shards == 1:
-        return w
-    if w.shape[0] == 1:
-        return jax.lax.all_gather(w[0], "fsdp", axis=dimension - 1, tiled=True)[None]
-    if dimension == 1:
-        return jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
-    parts = jax.lax.all_gather(w, "fsdp", axis=0)
-    return jnp.moveaxis(parts, 0, 2).reshape(*w.shape[:2], shards * w.shape[2])

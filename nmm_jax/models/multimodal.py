@@ -21,7 +21,7 @@ from nmm_jax.models.connectors import make_connector
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks, stack_policy
 from nmm_jax.models.deep_fusion import ByModality, delimiters, modalities
 from nmm_jax.models.image_slots import map_filled
-from nmm_jax.models.layers import Norm, PatchEmbedding, TokenEmbedding, bias, rotary_tables, weight
+from nmm_jax.models.layers import Norm, PatchEmbedding, TokenEmbedding, bias, rotary_tables, weight, whole
 from nmm_jax.models.router import Statistics
 from nmm_jax.models.spec import Spec
 from nmm_jax.models.vision import VisionTower
@@ -80,7 +80,7 @@ class Multimodal(nnx.Module):
         rotary = self.rotary(batch["positions"])
 
         def attend(q, k, v):
-            out = attention(q, k, v, batch["segment_ids"], batch["attend_until"], spec.attention)
+            out = attention(q, k, v, batch["segment_ids"], batch["attend_until"], spec.attention, constrain)
             return out, (k, v) if keep_cache else None
 
         def apply(block: Block, x, _):
@@ -122,13 +122,16 @@ class Multimodal(nnx.Module):
         if vision is None:
             return self.patches(batch["images"], jnp.dtype(self.spec.dtype), constrain), {}
 
+        @jax.named_scope("connector")
         def connect(features: Array) -> Array:
-            return self.connector(features[:, int(vision.class_token) :], constrain)
+            return whole(self.connector, features[:, int(vision.class_token) :], constrain)
 
         connect = connect if self.spec.remat == "none" else jax.checkpoint(connect)
 
         def encode(images: Array) -> Array:
-            return connect(self.vision(images, constrain))
+            with jax.named_scope("vision"):
+                features = self.vision(images, constrain)
+            return connect(features)
 
         found, computed = map_filled(
             encode, batch["images"], batch["image_mask"], vision.patches, stack_policy(vision.remat), constrain

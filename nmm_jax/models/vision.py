@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from nmm_jax.models.attention import attention
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks
-from nmm_jax.models.layers import Norm, PatchEmbedding, position_table
+from nmm_jax.models.layers import Norm, PatchEmbedding, on_rows, position_table
 from nmm_jax.models.spec import VisionSpec
 from nmm_jax.parallel.sharding import Constrain
 
@@ -52,7 +52,7 @@ class VisionTower(nnx.Module):
             until = jnp.maximum(jnp.arange(1, tokens + 1), prefix[:, None])
 
         def attend(q, k, v):
-            return attention(q, k, v, segments, until, spec.attention), None
+            return attention(q, k, v, segments, until, spec.attention, constrain), None
 
         def apply(block: Block, x, _):
             return block(x, None, None, attend, constrain)
@@ -70,16 +70,18 @@ class VisionTower(nnx.Module):
         if spec.class_token:
             token = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, spec.width))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.position_vectors().astype(dtype)
+        x = self.with_positions(x, constrain)
         if spec.embedding_norm == "after_positions":
             x = self.embedding_norm(x)
         return constrain(x, ("batch", "sequence", "embed_act"))
 
-    def position_vectors(self) -> Float[Array, "tokens D"]:
+    def with_positions(self, x: Float[Array, "N tokens D"], constrain: Constrain) -> Float[Array, "N tokens D"]:
         if self.spec.positions == "learned":
-            return self.positions[...]
+            params = {"positions": self.positions}
+            return on_rows(lambda x, weights, _: x + weights["positions"], x, params, x.dtype, constrain)
         vectors = sincos_positions(self.spec.side, self.spec.width)
-        return jnp.asarray(np.pad(vectors, ((self.spec.tokens - len(vectors), 0), (0, 0))))  # none for the class token
+        vectors = np.pad(vectors, ((self.spec.tokens - len(vectors), 0), (0, 0)))  # none for the class token
+        return x + jnp.asarray(vectors, x.dtype)
 
 
 def sincos_positions(side: int, width: int) -> Float[np.ndarray, "side*side width"]:

@@ -1,5 +1,7 @@
 """Interval attention against a dense float64 oracle with its own mask and its own gradients."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from packed_rows import packed_batch
 
 from nmm_jax.models import attention as attention_module
-from nmm_jax.models.attention import attention
+from nmm_jax.models.attention import attention, intervals
 
 ROWS, LENGTH, HEADS, HEAD_DIM = 2, 83, 4, 8
 
@@ -70,10 +72,51 @@ def test_bfloat16_scores_are_accumulated_in_float32(case):
     assert relative < 6e-3  # dense bf16 attention in XLA is at 3e-3 of the exact one
 
 
-def test_unknown_implementation_is_an_error(case):
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "message"),
+    [
+        ("flash", np.float32, "= 'flash'; expected one of auto, reference, blocked, splash, triton"),
+        ("splash", np.float32, "= 'splash' runs on tpu, not on cpu; 'auto' takes what does"),
+        ("triton", np.float32, "= 'triton' runs on gpu, not on cpu"),
+    ],
+)
+def test_what_cannot_run_is_an_error(case, implementation, dtype, message):
     qkv, mask, *_ = case
-    with pytest.raises(ValueError, match="model.attention = 'flash'; expected auto, reference or blocked"):
-        attention(*qkv, *mask, "flash")
+    with pytest.raises(ValueError, match=f"^model.attention {message}"):
+        attention(*(x.astype(dtype) for x in qkv), *mask, implementation)
+
+
+def on(platform, **device):
+    """Devices that are not here."""
+    devices = np.array([SimpleNamespace(platform=platform, **device)])
+    return SimpleNamespace(mesh=SimpleNamespace(devices=devices, size=1), platform=platform)
+
+
+def test_types_that_kernels_do_not_take_are_an_error(case):
+    qkv, mask, *_ = case
+    with pytest.raises(ValueError, match="^model.attention = 'splash' takes float32 or bfloat16, not float16"):
+        attention(*(x.astype(np.float16) for x in qkv), *mask, "splash", on("tpu"))
+
+
+def test_auto_takes_the_kernel_of_the_devices_that_will_run_it(case, monkeypatch):
+    """Of the mesh's, not of this machine's; and "blocked" where there is none."""
+    qkv, mask, *_ = case
+    monkeypatch.setattr("nmm_jax.models.attention_tpu.splash", lambda *_: "splash")
+    monkeypatch.setattr("nmm_jax.models.attention_gpu.triton", lambda *_: "triton")
+    assert attention(*qkv, *mask, "auto", on("tpu")) == "splash"
+    assert attention(*qkv, *mask, "auto", on("gpu", compute_capability="9.0")) == "triton"
+    for other in (on("gpu", compute_capability="6.0"), on("gpu", compute_capability="gfx942"), on("cpu")):
+        assert attention(*qkv, *mask, "auto", other).shape == qkv[0].shape
+
+
+def test_intervals():
+    """Of rows that are segments side by side; what is asked for beyond a segment is not in it."""
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [4, 3, 3, 3, 3, 3, 3]])
+    until = np.array([[1, 3, 3, 5, 7, 6, 7], [7, 7, 3, 4, 5, 6, 7]])
+    first, end = intervals(segments, until)
+    np.testing.assert_array_equal(first, [[0, 0, 0, 3, 3, 5, 5], [0, 1, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(end, [[1, 3, 3, 5, 5, 6, 7], [1, 7, 3, 4, 5, 6, 7]])
+    assert first.dtype == end.dtype == np.int32
 
 
 def arrays_of(jaxpr):

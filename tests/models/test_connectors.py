@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nmm_jax.compilation.products import flops
 from nmm_jax.models import connectors
 from nmm_jax.models.connectors import make_connector
 from nmm_jax.models.spec import ConnectorSpec
 from nmm_jax.parallel.sharding import RULES, Constrain
-from tests import hlo_flops
 from tests.parameter_formulas import of_connector
 
 BASE = ConnectorSpec(
@@ -105,7 +105,7 @@ def test_parameters_are_those_of_the_formula_and_can_be_cut(name):
 
 
 def products(function, *args):
-    return hlo_flops.flops(compiled(function, *args).as_text())
+    return flops(compiled(function, *args).as_text())
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -8,12 +8,12 @@ from flax import nnx
 from packed_rows import packed_batch
 from test_multimodal import LENGTH, PATCHES, VOCAB, config, make
 
+from nmm_jax.compilation.products import flops, products_in
 from nmm_jax.models import build, grouped_matmul
 from nmm_jax.models.decoder import run_blocks, stack_blocks
 from nmm_jax.models.deep_fusion import ByModality, delimiters, modalities, with_copies
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
-from tests.hlo_flops import flops, products_in
 
 EVERYTHING = ("qkv", "out", "ffn", "norms")
 KINDS = {

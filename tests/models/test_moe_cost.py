@@ -1,6 +1,6 @@
 """What a mixture of experts costs: FLOPs of the compiled gradient, against the dense layer that it replaces.
 
-Counted in the program's text (tests/hlo_flops.py), which XLA's ragged_dot on CPU fails, times the number of experts.
+Counted in the program's text (compilation/products.py), which XLA's ragged_dot on CPU fails, times the experts.
 """
 
 import json
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nmm_jax.compilation.products import flops, products_in
 from nmm_jax.models import grouped_matmul
 from nmm_jax.models.layers import FeedForward
 from nmm_jax.models.moe import MoE
 from nmm_jax.models.spec import Spec
 from nmm_jax.parallel.sharding import Constrain
 from tests.fake_batches import tiny_config
-from tests.hlo_flops import flops, products_in
 
 TOKENS, WIDTH, FFN = 65_536, 128, 1024
 DENSE = 3 * 3 * 2 * TOKENS * WIDTH * FFN  # three products, and two gradients of each

@@ -9,6 +9,7 @@ from packed_rows import packed_batch
 from configs.base import base
 from nmm_jax.models import build
 from nmm_jax.models.layers import patchify
+from nmm_jax.parallel.sharding import Constrain
 
 VOCAB, PATCHES, LENGTH = 64, 9, 48
 
@@ -142,7 +143,7 @@ def test_pixels_are_normalised():
     place = int(np.flatnonzero(batch["image_index"][0] >= 0)[0])
     pixel = (128 / 255 - np.array(c.image.mean)) / np.array(c.image.std)
     expected = np.tile(pixel, 16) @ np.asarray(params["patches"]["kernel"]) + params["patches"]["bias"]
-    found = network.inputs(jax.tree.map(jnp.asarray, grey), lambda x, _: x)[0][0, place]
+    found = network.inputs(jax.tree.map(jnp.asarray, grey), Constrain())[0][0, place]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
