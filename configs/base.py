@@ -16,11 +16,15 @@ def base() -> ConfigDict:
     c.row_length = 1024  # S: positions of a row
     c.gradient_accumulation = 1  # microbatches of a step; divides batch_rows
 
-    c.mesh = ConfigDict()  # sizes of the device mesh; one of them may be -1: the devices that are left
-    c.mesh.replica = 1  # copies of the parameters (between slices)
+    c.mesh = ConfigDict()  # sizes of the device mesh; -1 is chosen by the devices there are (docs/pods.md)
+    c.mesh.replica = -1  # copies of the parameters (between slices)
     c.mesh.fsdp = -1  # shards of parameters and batch
-    c.mesh.expert = 1  # shards of the experts
+    c.mesh.expert = -1  # shards of the experts
     c.mesh.tensor = 1  # shards of heads, feed-forward width and vocabulary
+
+    c.compiler = ConfigDict()
+    c.compiler.options = ()  # "name=value" each, besides those of parallel/compiler_options.py or instead of them
+    c.compiler.cache = ""  # folder (or gs://...) of compiled steps, so that a restart compiles nothing; "" keeps none
 
     c.data = ConfigDict()
     c.data.root = ""  # folder with one dataset folder per source (docs/data.md)
@@ -70,7 +74,7 @@ def base() -> ConfigDict:
     c.model.patch_positions = False  # learned position of each patch, added to its embedding
     c.model.init = "fan_in_depth_scaled"  # fan_in_depth_scaled | open_lm | normal
     c.model.dtype = "bfloat16"  # of the computation; the master weights are float32
-    c.model.attention = "auto"  # auto | reference | blocked
+    c.model.attention = "auto"  # auto | reference | blocked | splash (TPU) | triton (NVIDIA GPU)
     c.model.scan_layers = True
     c.model.remat = "full"  # none | full | exchanges (keep what crossed the network) | minimal (and large products)
     c.model.vocab_chunks = 0  # chunks of the cross-entropy; 0 chooses by size
@@ -183,6 +187,7 @@ def base() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.tensorboard = True
+    c.log.wandb = ""  # project of Weights & Biases, where its package is installed; "" is none
     c.log.progress = True  # the live line with ETA
 
     c.profile = ConfigDict()

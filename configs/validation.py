@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ _CHOICES = {
     "model.qk_norm": ("none", "full", "head"),
     "model.init": ("fan_in_depth_scaled", "open_lm", "normal"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "reference", "blocked"),
+    "model.attention": ("auto", "reference", "blocked", "splash", "triton"),
     "model.remat": ("none", "full", "exchanges", "minimal"),
     "model.moe.modality": ("agnostic", "grouped", "fixed"),
     "model.moe.balance": ("loss", "bias"),
@@ -123,6 +124,11 @@ def validate(config: ConfigDict) -> None:
         _validate_experts(config)
     _validate_training(config)
     _validate_start(config)
+    for option in config.compiler.options:
+        _require(
+            re.fullmatch(r"[a-z]\w*=.+", option) is not None,
+            f"compiler.options: {option!r}; expected NAME=VALUE such as 'xla_tpu_scoped_vmem_limit_kib=65536'",
+        )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -131,7 +137,13 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _validate_data(config: ConfigDict) -> None:
-    sources, weights = config.data.sources, config.data.weights
+    sources, weights, root = config.data.sources, config.data.weights, config.data.root
+    _require(
+        not root.startswith(("gs://", "s3://")),
+        f"data.root = {root!r}: documents are read from a disk. Copy them there with python -m data_pipelines.stage "
+        f"--input={root} --output=FOLDER, or mount the bucket, and set data.root to that folder (data.plans alone may "
+        "stay in a bucket)",
+    )
     _require(len(sources) > 0, "data.sources is empty; name at least one dataset folder under data.root")
     _require(
         len(sources) == len(weights),
@@ -404,8 +416,8 @@ def _validate_training(config: ConfigDict) -> None:
     )
     sizes = {axis: config.mesh[axis] for axis in ("replica", "fsdp", "expert", "tensor")}
     _require(
-        all(n == -1 or n >= 1 for n in sizes.values()) and list(sizes.values()).count(-1) <= 1,
-        f"mesh = {sizes}; sizes are positive, and one of them may be -1 (the devices that are left)",
+        all(n == -1 or n >= 1 for n in sizes.values()),
+        f"mesh = {sizes}; sizes are positive, or -1 (chosen by the devices there are)",
     )
     optimizer, schedule = config.optimizer, config.schedule
     for key in ("beta1", "beta2"):

@@ -9,14 +9,13 @@ import dataclasses
 import json
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
+from configs import command_line
 from configs.loading import define_config_flag
 from nmm_jax.models.spec import Spec, StackSpec, VisionSpec
-from nmm_jax.scaling.counting import causal_keys, count, memory
-
-IMAGE_SHARE = 0.5  # of positions, in FLOPs a position
+from nmm_jax.scaling.counting import IMAGE_SHARE, causal_keys, count, memory
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:
@@ -181,4 +180,4 @@ def main(config: ConfigDict, output: str) -> None:
 if __name__ == "__main__":
     CONFIG = define_config_flag()
     FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "a table for a reader, JSON for a program")
-    app.run(lambda _: main(CONFIG.value, FORMAT.value))
+    command_line.run(lambda _: main(CONFIG.value, FORMAT.value))

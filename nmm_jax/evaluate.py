@@ -16,9 +16,9 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
-from jax.experimental import multihost_utils
+from absl import flags, logging
 
+from configs import command_line
 from data_pipelines import store
 from data_pipelines.geometry import Geometry
 from data_pipelines.plan import Plan, ensure_plans
@@ -27,6 +27,7 @@ from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation import in_context, pixels, questions, results, retrieval
 from nmm_jax.evaluation.held_out import RowSums, held_out_loss, make_row_sums
 from nmm_jax.evaluation.restored import RunFlags
+from nmm_jax.parallel import processes
 from nmm_jax.training.checkpoints import Run
 
 TASKS = ("held_out", "questions", "in_context")  # of language models
@@ -128,7 +129,7 @@ def held_out_plans(run: Run) -> dict[str, Plan]:
     """Of all sources; process 0 makes those that are missing, while the others wait."""
     if jax.process_index() == 0:
         ensure_plans(run.config, store.HELD_OUT)
-    multihost_utils.sync_global_devices("plans are made")
+    processes.meet("plans are made")
     return ensure_plans(run.config, store.HELD_OUT, progress=False)
 
 
@@ -152,9 +153,7 @@ if __name__ == "__main__":
     ROWS = flags.DEFINE_integer("rows", 0, "held-out rows of each source, at most; 0 is evaluation.rows", 0)
     OUTPUT = flags.DEFINE_string("output", "", "also write the JSON here")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+    def main(_: list[str]) -> None:
         run, tokenizer = RUN.restore()
         found = evaluate(run, tokenizer, TASK_NAMES.value, ROWS.value or run.config.evaluation.rows)
         if jax.process_index() == 0:
@@ -163,4 +162,4 @@ if __name__ == "__main__":
             if OUTPUT.value:
                 results.write(found, OUTPUT.value)
 
-    app.run(main)
+    command_line.run(main)

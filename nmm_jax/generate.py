@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from configs import command_line
 from data_pipelines.document import Document, Part
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation.restored import RunFlags
@@ -95,9 +96,7 @@ if __name__ == "__main__":
     TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that together have this probability")
     SEED = flags.DEFINE_integer("seed", 0, "of the samples")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+    def main(_: list[str]) -> None:
         if bool(PROMPT.value) == bool(PROMPTS.value):
             raise app.UsageError("give either --prompt or --prompts")
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
@@ -118,4 +117,4 @@ if __name__ == "__main__":
                 print(piece if speaks else "", end="", flush=True)
             print()
 
-    app.run(main)
+    command_line.run(main)

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jinja2
-from absl import app, flags, logging
+from absl import flags, logging
+from etils import epath
 
-from configs import loading
-from data_pipelines import store
+from configs import command_line, loading
+from data_pipelines import paths, store
 from data_pipelines.tokenizer import Tokenizer
 from nmm_jax.evaluation import figures, gallery, questions, results
 from nmm_jax.evaluation.restored import RunFlags
@@ -31,7 +32,7 @@ _TEXT_SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 _BATCH = 8  # prompts continued together
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a torn last line is left out.
 
     Raises:
@@ -129,16 +130,14 @@ if __name__ == "__main__":
     RUN = RunFlags()
     OUTPUT = flags.DEFINE_string("output", "", "the page; report.html in the run's folder unless given")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-        workdir = pathlib.Path(RUN.workdir)
+    def main(_: list[str]) -> None:
+        workdir = paths.reach(RUN.workdir)
         lines = read_metrics(workdir / "metrics.jsonl")
         run, tokenizer = RUN.restore()
         evaluation = results.read(RUN.workdir, run.step)
-        page = render(run, lines, evaluation, examples(run, tokenizer), workdir.absolute().name)
-        output = pathlib.Path(OUTPUT.value or workdir / "report.html")
-        output.write_text(page)
+        page = render(run, lines, evaluation, examples(run, tokenizer), workdir.name)
+        output = epath.Path(OUTPUT.value or workdir / "report.html")
+        paths.write_text(output, page)
         logging.info("wrote %s", output)
 
-    app.run(main)
+    command_line.run(main)

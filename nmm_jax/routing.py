@@ -26,7 +26,6 @@ Prints a table and writes a page that needs nothing else, and RUN/evaluation/rou
     entropy_share {…, all}   [L] the same / log of the number of experts that the router chooses among
 """
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +33,12 @@ import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
+from etils import epath
 from jaxtyping import Array
 
+from configs import command_line
+from data_pipelines import paths
 from data_pipelines.stream import HeldOut, Stream
 from nmm_jax.evaluate import held_out_plans
 from nmm_jax.evaluation import results, routing_figures
@@ -190,19 +192,17 @@ if __name__ == "__main__":
     ROWS = flags.DEFINE_integer("rows", 128, "held-out rows of each source, at most", 1)
     OUTPUT = flags.DEFINE_string("output", "", "the page; routing-<step>.html in the run's folder unless given")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
-        run, _ = RUN.restore()
+    def main(_: list[str]) -> None:
+        run = RUN.restore()[0]
         found = measure(run, ROWS.value)
         if jax.process_index() == 0:
             print(table(found), flush=True)
-            workdir = pathlib.Path(RUN.workdir)
+            workdir = paths.absolute(RUN.workdir)
             path = workdir / "evaluation" / f"routing-{run.step}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             results.write(found, path)
-            page = pathlib.Path(OUTPUT.value or workdir / f"routing-{run.step}.html")
-            page.write_text(render(found, workdir.absolute().name, model_name(run)))
+            page = epath.Path(OUTPUT.value or workdir / f"routing-{run.step}.html")
+            paths.write_text(page, render(found, workdir.name, model_name(run)))
             logging.info("wrote %s and %s", path, page)
 
-    app.run(main)
+    command_line.run(main)

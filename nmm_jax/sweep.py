@@ -1,36 +1,37 @@
 """Trains and evaluates the runs of a config file, one after another, and lays their numbers side by side.
 
     python -m nmm_jax.sweep [--config=configs/ablations.py] [--folder=runs/ablations] [--runs='base,connector-*']
+        [--jobs=2]
 
 The file has RUNS (a name for each run, which get_config takes), GROUPS (which are compared, by title; those of the
 first differ by their seeds) and perhaps LABELS. A run is the two commands that are printed, in processes of their own:
 train and evaluate, in FOLDER/NAME. What is finished is skipped, what was killed goes on from its checkpoint, and what
-fails is reported while the others go on. In the end all that is there becomes
+fails is reported while the others go on. With --jobs, runs that begin with another's encoder wait for nobody: make that
+one first. In the end all that is there becomes
 
     FOLDER/results.json   parameters, FLOPs and evaluation of every run
     FOLDER/tables.md      a table for each group, and what the seeds alone do
     FOLDER/figure.png     the groups that share a run with the first, as dots
 """
 
-import fnmatch
 import importlib.util
+import io
 import json
 import pathlib
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from configs import loading
+from configs import command_line, loading
+from data_pipelines import paths
 from nmm_jax.describe import describe
 from nmm_jax.evaluation import comparison, results
-from nmm_jax.training.progress import say
+from nmm_jax.runner import Job, Runner, select
 
 Outcome = dict[str, Any]
 
@@ -55,19 +56,6 @@ def load_sweep(path: str) -> ModuleType:
     return sweep
 
 
-def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The runs that a pattern names, in their own order.
-
-    Raises:
-      ConfigError: a pattern that names none.
-    """
-    names = list(names)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise loading.ConfigError(f"--runs: no run is called {pattern!r}; there are {', '.join(names)}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
 class Sweep:
     """The runs of a config file, in a folder."""
 
@@ -75,7 +63,8 @@ class Sweep:
         """steps: of every run, for a trial that is evaluated on a few rows; 0 leaves all as it is."""
         self.module = load_sweep(path)
         self.path = path
-        self.folder = pathlib.Path(folder)
+        paths.reach(folder)
+        self.folder = epath.Path(folder)
         self.steps = steps
 
     def overrides(self, name: str) -> dict[str, Any]:
@@ -120,26 +109,13 @@ class Sweep:
         found = {name: self.outcome(name) for name in self.module.RUNS}
         return {name: outcome for name, outcome in found.items() if outcome}
 
-    def run(self, names: Sequence[str]) -> list[str]:
+    def run(self, names: Sequence[str], side_by_side: int = 1) -> list[str]:
         """Makes what is not there; returns the names of those that failed."""
-        failed = []
-        for n, name in enumerate(names, 1):
-            if self.outcome(name):
-                say(f"{n}/{len(names)} {name}: finished before")
-                continue
-            began = time.perf_counter()
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            for command in self.commands(name):
-                say(f"{n}/{len(names)} {shlex.join(command)}")
-                with open(self.folder / name / "log.txt", "a") as log:
-                    done = subprocess.run([sys.executable, *command[1:]], stdout=log, stderr=subprocess.STDOUT)
-                if done.returncode:
-                    failed.append(name)
-                    say(f"{name} failed (exit code {done.returncode}); its last words are in {log.name}")
-                    break
-            else:
-                say(f"{name}: {time.perf_counter() - began:.0f} s")
-        return failed
+
+        def job(name: str) -> Job:
+            return Job(name, self.folder / name, self.commands(name), lambda: self.outcome(name) is not None)
+
+        return Runner(side_by_side).run([job(name) for name in names])
 
     def write(self) -> str:
         """Writes what there is; returns the tables."""
@@ -161,7 +137,9 @@ class Sweep:
         if noise:
             related = {title: names for title, names in groups.items() if set(names) & set(seeds)}
             drawn = comparison.figure(related, found, labels, noise, list(noise))
-            drawn.savefig(self.folder / "figure.png", dpi=130)
+            png = io.BytesIO()
+            drawn.savefig(png, dpi=130)
+            (self.folder / "figure.png").write_bytes(png.getvalue())
         return tables
 
 
@@ -169,16 +147,14 @@ if __name__ == "__main__":
     CONFIG = flags.DEFINE_string("config", "configs/ablations.py", "config file with RUNS and GROUPS")
     FOLDER = flags.DEFINE_string("folder", "runs/ablations", "of the runs")
     PATTERNS = flags.DEFINE_list("runs", ["*"], "which of RUNS, as patterns")
+    JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the cores", 1)
     STEPS = flags.DEFINE_integer("steps", 0, "of every run, for a trial; 0 is as the file has it", 0)
 
     def main(_: list[str]) -> None:
-        try:
-            sweep = Sweep(CONFIG.value, FOLDER.value, STEPS.value)
-            failed = sweep.run(select(sweep.module.RUNS, PATTERNS.value))
-        except loading.ConfigError as e:
-            sys.exit(f"sweep: {e}")
+        sweep = Sweep(CONFIG.value, FOLDER.value, STEPS.value)
+        failed = sweep.run(select(sweep.module.RUNS, PATTERNS.value), JOBS.value)
         print(sweep.write())
         if failed:
             sys.exit(f"sweep: {len(failed)} runs failed: {', '.join(failed)}; the same command tries them again")
 
-    app.run(main)
+    command_line.run(main)

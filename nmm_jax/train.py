@@ -15,36 +15,36 @@ Batch t is rows [t * batch_rows, (t + 1) * batch_rows) of the stream, so the ste
 """
 
 import collections
-import os
-import pathlib
+import contextlib
 import sys
 import time
 from typing import Any
 
 import jax
-from absl import app, flags
-from jax.experimental import multihost_utils
+from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from configs import loading
+from configs import command_line, loading
+from data_pipelines import paths
 from data_pipelines.loader import batches
 from data_pipelines.plan import ensure_plans
-from data_pipelines.rows import Geometry, batch_spec
 from data_pipelines.stream import Stream
 from nmm_jax import models
 from nmm_jax.models.moe import check_platform
-from nmm_jax.models.spec import Spec
 from nmm_jax.parallel import processes
-from nmm_jax.parallel.batches import local_rows, to_global
+from nmm_jax.parallel.batches import abstract_batch, local_rows, to_global
 from nmm_jax.parallel.chips import peak_flops
+from nmm_jax.parallel.compiler_options import compile_with, compiler_options, keep_compiled
 from nmm_jax.parallel.mesh import check_rows, make_mesh
-from nmm_jax.parallel.sharding import batch_sharding
+from nmm_jax.parallel.sharding import divisor, replicated
 from nmm_jax.scaling.counting import count
-from nmm_jax.training import compatibility, metrics, preemption, start
+from nmm_jax.training import compatibility, goodput, metrics, preemption, start
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.progress import Progress, say
-from nmm_jax.training.schedule import make_schedule
+from nmm_jax.training.schedule import ends, make_schedule
+from nmm_jax.training.spool import PATIENCE, Spool, closing
 from nmm_jax.training.state import State, abstract_state, initial_state
 from nmm_jax.training.step import jit_step
 
@@ -53,15 +53,21 @@ AHEAD = 2  # steps that are queued on the devices while the host reads the metri
 
 def train(config: ConfigDict, workdir: str) -> bool:
     """Trains until `config.steps`; False if SIGTERM ended it before, after saving a checkpoint."""
+    if config.compiler.cache:
+        keep_compiled(str(paths.reach(config.compiler.cache)))
     chief = jax.process_index() == 0
-    folder = pathlib.Path(workdir)
-    mesh = make_mesh(config)
+    folder = paths.reach(workdir)
+    model = models.build(config)
+    mesh = make_mesh(config, width=divisor(model.abstract, model.logical_axes))
     check_rows(config, mesh)
-    check_platform(Spec.from_config(config).moe, mesh)
+    check_platform(model.spec.moe, mesh)
     if chief:
         folder.mkdir(parents=True, exist_ok=True)
+    clock = goodput.Goodput(folder if chief else None)
+    clock.enter("plans")
+    if chief:
         ensure_plans(config, "train")
-    multihost_utils.sync_global_devices("plans are made")
+    processes.meet("plans are made")
     stream = Stream.open(config, "train")
     if stream.tokenizer.vocab_size > config.model.vocab_size and config.model.family != "aim":  # which reads no text
         raise ValueError(
@@ -69,7 +75,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
             f"data.tokenizer = {config.data.tokenizer!r}; make it at least as large"
         )
 
-    model = models.build(config)
+    clock.enter("restore")
     optimizer = make_optimizer(config)
     abstract = abstract_state(model, optimizer, mesh)
     keep = config.checkpoint
@@ -78,20 +84,27 @@ def train(config: ConfigDict, workdir: str) -> bool:
     if state is None:
         state = initial_state(model, optimizer, mesh, config.seed, start.load(config, model, mesh))
     first = meta["step"]
+    clock.restored(first)
     seen = metrics.Seen.from_meta(meta["seen"], config.data.sources)
     if first >= config.steps:
         say(f"{workdir} is at step {first} of {config.steps}: there is nothing to do")
         checkpoints.close()
+        clock.discard()
         return True
 
     writer = None
     if chief:
-        _write_atomically(folder / "config.json", loading.to_json(config))
-        writer = metrics.Writer(folder, first, config.log.tensorboard)
+        paths.write_text(folder / "config.json", loading.to_json(config))
+        writer = metrics.Writer(folder, first, config)
 
+    clock.enter("compile")
     began = time.perf_counter()
-    step_fn = jit_step(model, optimizer, config, mesh).lower(abstract, _abstract_batch(config, mesh)).compile()
-    say(f"compiled in {time.perf_counter() - began:.1f} s")
+    options = compiler_options(config, mesh)
+    lowered = jit_step(model, optimizer, config, mesh).lower(abstract, abstract_batch(config, mesh), ends(config))
+    step_fn = compile_with(lowered, options)
+    told = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
+    say(f"compiled in {time.perf_counter() - began:.1f} s; compiler options: {told}")
+    processes.meet("compiled")
 
     counts, peak = count(config), peak_flops(jax.devices()[0])
     progress = Progress(first, config.steps, config.log.progress)
@@ -103,6 +116,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
         while len(in_flight) > ahead:
             step, values, data_wait = in_flight.popleft()
             values = jax.device_get(values)
+            clock.finished(step)
             metrics.check_finite(step, values)
             seen.add(values)
             speed.add(values, data_wait)
@@ -115,19 +129,36 @@ def train(config: ConfigDict, workdir: str) -> bool:
     def save(step: int, state: State) -> None:
         settle(0)  # a checkpoint comes after its metrics, and no checkpoint comes after a loss that is not finite
         data = {"config": loading.to_json(config), "data": stream.fingerprints, "seen": seen.to_meta()}
-        checkpoints.save(step, state, data)
+        with clock.within("checkpoint"):
+            behind = None
+            if writer:
+                try:
+                    writer.upload()
+                except paths.BucketError as e:
+                    say(f"{e}; saving the checkpoint, then trying again")
+                    behind = writer
+            checkpoints.save(step, state, data)
+            if behind:  # the checkpoint is worth more than its lines, and SIGTERM leaves little time
+                checkpoints.wait()
+                behind.upload(PATIENCE)
 
     stop = preemption.Preemption()
     stopped = False
     local = local_batches(config, stream, mesh, first)
-    profile = _Profile(config, folder)
-    with jax.transfer_guard("disallow"):
+    profile = _Profile(config, folder, step_fn)
+    until = jax.jit(lambda: ends(config), out_shardings=replicated(mesh))()
+    clock.enter("steps")
+    with jax.transfer_guard("disallow"), closing(writer) if writer else contextlib.nullcontext():
         for step in range(first + 1, config.steps + 1):
-            profile.before(step)
+            with clock.within("profiler"):
+                profile.before(step, state)
             asked = time.perf_counter()
             batch = next(local)
             data_wait = time.perf_counter() - asked
-            state, values = step_fn(state, to_global(batch, mesh, config.batch_rows))
+            if not in_flight or in_flight[-1][1]["loss"].is_ready():
+                clock.waited(data_wait)  # and the devices had nothing left to do
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, values = step_fn(state, to_global(batch, mesh, config.batch_rows), until)
             jax.tree.map(lambda x: x.copy_to_host_async(), values)
             in_flight.append((step, values, data_wait))
             settle(AHEAD)
@@ -137,14 +168,16 @@ def train(config: ConfigDict, workdir: str) -> bool:
             if stopped:
                 say(f"SIGTERM: saving step {step}; the same command goes on from there")
                 break
+    clock.enter("profiler")
     profile.close()
-    local.close()
+    clock.enter("checkpoint")
     checkpoints.close()
+    clock.enter("shutdown")
+    local.close()
     if stream.bad_images:
         say(f"{stream.bad_images} images could not be decoded; their documents counted for nothing")
-    if writer:
-        writer.close()
     progress.close()
+    say(clock.close(goodput.STOPPED if stopped else goodput.FINISHED).table())
     return not stopped
 
 
@@ -194,37 +227,35 @@ def _warn_of_cooled_trunk(config: ConfigDict, meta: dict[str, Any], step: int) -
         )
 
 
-def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = batch_sharding(mesh)
-    spec = batch_spec(Geometry.from_config(config), config.batch_rows)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in spec.items()}
-
-
 class _Profile:
-    """A trace of the steps [start, start + steps) of config.profile that this process makes, in workdir/profile."""
+    """A trace of the steps [start, start + steps) of config.profile that this process makes, in workdir/profile.
 
-    def __init__(self, config: ConfigDict, folder: pathlib.Path):
+    Beside it the text of the compiled step, by which nmm_jax.profile knows what an instruction of the trace is for.
+    """
+
+    def __init__(self, config: ConfigDict, folder: epath.Path, step_fn: Any):
+        self._step_fn = step_fn
         self._steps = range(config.profile.start, config.profile.start + config.profile.steps)
-        self._folder = folder / "profile"
+        self._spool = Spool(folder / "profile")  # the profiler knows no buckets
         self._tracing = False
 
-    def before(self, step: int) -> None:
-        if self._tracing and step not in self._steps:
-            self.close()
-        elif not self._tracing and step in self._steps:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+    def before(self, step: int, state: State) -> None:
+        """Begins or ends the window, when the devices have done what was asked of them before this step."""
+        if self._tracing == (step in self._steps):
+            return
+        jax.block_until_ready(state)
+        if self._tracing:
+            return self.close()
+        self._spool.folder.mkdir(parents=True, exist_ok=True)
+        (self._spool.folder / "program.txt").write_text(self._step_fn.as_text())
+        jax.profiler.start_trace(str(self._spool.folder))
+        self._tracing = True
 
     def close(self) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
+            self._spool.close()
             self._tracing = False
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
@@ -232,8 +263,9 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
 
     def main(_: list[str]) -> None:
+        preemption.end_without_saving()
         processes.initialize()
         if not train(CONFIG.value, WORKDIR.value):
             sys.exit(preemption.EXIT_CODE)
 
-    app.run(main)
+    command_line.run(main)

@@ -9,29 +9,29 @@ from configs.validation import validate
 from nmm_jax.models import decoder
 
 KEYS = """
-batch_rows checkpoint.every checkpoint.keep checkpoint.keep_every data.accept_changed_plans data.caption_order
-data.image_attention data.image_delimiters data.image_rotary data.plans data.prefetch data.root data.rows data.sources
-data.tokenizer data.weights data.window data.worker_kind data.workers evaluation.batch_rows evaluation.questions
-evaluation.rows gradient_accumulation image.augment image.crop_scale image.flip image.mean image.patch image.per_row
-image.positions image.size image.std log.every log.progress log.tensorboard mesh.expert mesh.fsdp mesh.replica
-mesh.tensor model.aim.head_depth model.aim.head_width model.aim.pixel_weight model.attention model.bias
-model.connector.depth model.connector.downsample model.connector.heads model.connector.kind model.connector.width
-model.contrastive.bias model.contrastive.loss model.contrastive.max_scale model.contrastive.pooling
-model.contrastive.scale model.contrastive.text_attention model.contrastive.width model.deep.every model.deep.initial
-model.deep.modules model.deep.qkv_bias model.delimiter_vectors model.delimiter_weights model.depth model.dtype
-model.family model.ffn model.ffn_width model.head_dim model.heads model.init model.kv_heads model.moe.balance
-model.moe.balance_loss model.moe.bias_rate model.moe.buffer_factor model.moe.every model.moe.experts
-model.moe.granularity model.moe.grouped_matmul model.moe.image_experts model.moe.modality model.moe.renormalise
-model.moe.shared model.moe.top_k model.moe.transport model.moe.z_loss model.norm model.norm_eps model.norm_position
-model.patch_positions model.qk_norm model.remat model.rope_theta model.scan_layers model.tie_embeddings
-model.vision.bias model.vision.class_token model.vision.depth model.vision.embedding_norm model.vision.feature_layer
-model.vision.ffn model.vision.ffn_width model.vision.final_norm model.vision.heads model.vision.norm
-model.vision.norm_eps model.vision.norm_position model.vision.patch_bias model.vision.positions model.vision.qk_norm
-model.vision.width model.vocab_chunks model.vocab_size model.width optimizer.beta1 optimizer.beta2 optimizer.clip_norm
-optimizer.decay_exclude optimizer.eps optimizer.freeze optimizer.learning_rate optimizer.vision_scale
-optimizer.weight_decay optimizer.z_loss profile.start profile.steps row_length schedule.cooldown
-schedule.cooldown_shape schedule.final_ratio schedule.kind schedule.warmup seed start.connector start.decoder
-start.vision steps trunk.step trunk.workdir
+batch_rows checkpoint.every checkpoint.keep checkpoint.keep_every compiler.cache compiler.options
+data.accept_changed_plans data.caption_order data.image_attention data.image_delimiters data.image_rotary data.plans
+data.prefetch data.root data.rows data.sources data.tokenizer data.weights data.window data.worker_kind data.workers
+evaluation.batch_rows evaluation.questions evaluation.rows gradient_accumulation image.augment image.crop_scale
+image.flip image.mean image.patch image.per_row image.positions image.size image.std log.every log.progress
+log.tensorboard log.wandb mesh.expert mesh.fsdp mesh.replica mesh.tensor model.aim.head_depth model.aim.head_width
+model.aim.pixel_weight model.attention model.bias model.connector.depth model.connector.downsample model.connector.heads
+model.connector.kind model.connector.width model.contrastive.bias model.contrastive.loss model.contrastive.max_scale
+model.contrastive.pooling model.contrastive.scale model.contrastive.text_attention model.contrastive.width
+model.deep.every model.deep.initial model.deep.modules model.deep.qkv_bias model.delimiter_vectors
+model.delimiter_weights model.depth model.dtype model.family model.ffn model.ffn_width model.head_dim model.heads
+model.init model.kv_heads model.moe.balance model.moe.balance_loss model.moe.bias_rate model.moe.buffer_factor
+model.moe.every model.moe.experts model.moe.granularity model.moe.grouped_matmul model.moe.image_experts
+model.moe.modality model.moe.renormalise model.moe.shared model.moe.top_k model.moe.transport model.moe.z_loss
+model.norm model.norm_eps model.norm_position model.patch_positions model.qk_norm model.remat model.rope_theta
+model.scan_layers model.tie_embeddings model.vision.bias model.vision.class_token model.vision.depth
+model.vision.embedding_norm model.vision.feature_layer model.vision.ffn model.vision.ffn_width model.vision.final_norm
+model.vision.heads model.vision.norm model.vision.norm_eps model.vision.norm_position model.vision.patch_bias
+model.vision.positions model.vision.qk_norm model.vision.width model.vocab_chunks model.vocab_size model.width
+optimizer.beta1 optimizer.beta2 optimizer.clip_norm optimizer.decay_exclude optimizer.eps optimizer.freeze
+optimizer.learning_rate optimizer.vision_scale optimizer.weight_decay optimizer.z_loss profile.start profile.steps
+row_length schedule.cooldown schedule.cooldown_shape schedule.final_ratio schedule.kind schedule.warmup seed
+start.connector start.decoder start.vision steps trunk.step trunk.workdir
 """.split()
 
 

@@ -75,7 +75,7 @@ def test_groups_types_and_missing_files():
         ({"model.norm": "rmsnom"}, "did you mean 'rmsnorm'"),
         ({"model.heads": 3}, "model.width = 128 is no multiple of model.heads = 3"),
         ({"model.kv_heads": 3}, "model.heads = 4 is no multiple of model.kv_heads = 3"),
-        ({"mesh.tensor": -1}, "one of them may be -1"),
+        ({"mesh.tensor": -2}, r"sizes are positive, or -1 \(chosen by the devices"),
         ({"mesh.tensor": 0}, "sizes are positive"),
         ({"steps": 100}, "longer than the run, steps = 100"),
         ({"checkpoint.every": 0}, "checkpoint.every = 0; it must be at least 1"),

@@ -29,7 +29,7 @@ def test_dry_run_tells_what_would_start():
     done = local("--processes=2", "--devices=3", "--port=7777", "--dry-run", "--", "touch", "a file")
     lines = done.stdout.strip().split("\n")
     assert len(lines) == 2 and "NMM_PROCESS_ID=1" in lines[1] and "NMM_COORDINATOR=localhost:7777" in lines[0]
-    assert "--xla_force_host_platform_device_count=3" in lines[0] and r"touch a\ file" in lines[0]
+    assert "--xla_force_host_platform_device_count=3" in lines[0] and "touch 'a file'" in lines[0]
 
 
 def test_one_that_fails_ends_all():
@@ -49,8 +49,29 @@ def test_sigterm_reaches_every_process():
     assert sorted(rest.split()) == ["[0]", "[1]", "stopping", "stopping"]
 
 
+EARLY = """
+import os, signal, time
+from nmm_jax.parallel import processes
+from nmm_jax.training.preemption import Preemption
+processes.initialize()
+if os.environ["NMM_PROCESS_ID"] == "0":
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(3)  # the step compiles
+stop = Preemption()
+print([stop.reached(step) for step in (1, 2)])
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_while_the_step_compiles_ends_the_run_after_its_first_step(count):
+    done = local(f"--processes={count}", "--", sys.executable, "-c", EARLY, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"[{process}] [True, False]" for process in range(count)]
+
+
 @pytest.mark.parametrize(
-    "args, message", [(["--procs=2"], "unknown argument"), (["--processes=2"], "no command after --")]
+    "args, message",
+    [(["--procs=2"], "unknown setting '--procs'"), (["--processes=2"], "missing: a training command after --")],
 )
 def test_mistakes(args, message):
     done = local(*args)
@@ -97,3 +118,18 @@ def test_each_process_builds_the_rows_its_devices_address():
         *(f"[{i}] 4 {everything} {total}" for i in (0, 1)),
     ):
         assert line in lines, done.stdout
+
+
+@pytest.mark.slow  # longer than Gloo waits for a process to connect
+def test_processes_meet_however_late_one_comes():
+    program = (
+        "from nmm_jax.parallel import processes; processes.initialize()\n"
+        "import jax, time\n"
+        "from jax.experimental.multihost_utils import process_allgather\n"
+        "time.sleep(0 if jax.process_index() else 35)\n"
+        "processes.meet('slept'); processes.meet('slept')\n"
+        "print(process_allgather(jax.process_index()).tolist(), flush=True)\n"
+    )
+    done = local("--processes=2", "--", sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"[0] [0, 1]", "[1] [0, 1]"} <= set(done.stdout.split("\n"))

@@ -1,6 +1,7 @@
 """Imports point one way: entry points -> training, evaluation, scaling -> models -> parallel; data stands beside."""
 
 import ast
+import collections
 import pathlib
 
 import pytest
@@ -15,6 +16,7 @@ FORBIDDEN = {
     "nmm_jax/models": ("nmm_jax.training", "nmm_jax.evaluation", "nmm_jax.scaling", "data_pipelines"),
     "nmm_jax/scaling": ("nmm_jax.evaluation", "data_pipelines"),
     "nmm_jax/training": ("nmm_jax.evaluation", "nmm_jax.train", "nmm_jax.evaluate"),
+    "nmm_jax/compilation": ("nmm_jax.evaluation", "nmm_jax.train", "nmm_jax.evaluate", "nmm_jax.compile"),
     "nmm_jax/interop": ("nmm_jax.evaluation", "nmm_jax.train", "nmm_jax.evaluate", "nmm_jax.generate"),
     "nmm_jax/evaluation": ("nmm_jax.train", "nmm_jax.evaluate", "nmm_jax.generate", "nmm_jax.report"),
 }
@@ -52,3 +54,9 @@ def test_no_pickle():
         if imported(f) & {"pickle", "dill", "cloudpickle"} or "allow_pickle=True" in f.read_text()
     ]
     assert not wrong
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name: of two alike it runs one, and processes that a test starts import the other."""
+    names = collections.Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]

@@ -10,11 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import plan
+from configs import loading
+from data_pipelines import paths, plan
 from data_pipelines.balance import arrange
 from data_pipelines.stream import Stream
 from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.train import local_batches
+from nmm_jax.train import train as train_here
+from nmm_jax.training import metrics
+from nmm_jax.training.checkpoints import Checkpoints
 from tests.data_pipelines import small_corpus
 from tests.training_runs import ROOT, command, environment, fails, lines, train
 
@@ -50,6 +54,22 @@ def test_rows_are_dealt_out_by_their_images_where_there_is_a_tower(corpus):
     as_they_come, dealt = images("early_fusion"), images("late_fusion")
     np.testing.assert_array_equal(dealt, as_they_come[arrange(as_they_come)])
     assert not np.array_equal(dealt, as_they_come)
+
+
+def test_metrics_that_cannot_be_uploaded_do_not_cost_the_checkpoint(corpus, tmp_path, monkeypatch):
+    there = []  # checkpoints at each upload
+
+    def upload(_, patience=0.0):
+        there.append(Checkpoints(str(tmp_path), read_only=True).steps())
+        if len(there) != 2:  # the second one is the first again
+            raise paths.BucketError("no lines today")
+
+    monkeypatch.setattr(metrics.Writer, "upload", upload)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is the tests'
+    config = loading.load("tests/tiny.py", {"data.root": str(corpus)})
+    with pytest.raises(paths.BucketError, match="no lines today"):
+        train_here(config, str(tmp_path))
+    assert there == [[], [7], [7], [7, 14]]
 
 
 @pytest.mark.slow  # two programs for 8 devices are compiled
@@ -95,7 +115,7 @@ def test_the_run_directory(short_run):
     "overrides, message",
     [
         (["optimizer.lerning_rate=1"], "no key 'optimizer.lerning_rate'; did you mean 'optimizer.learning_rate'"),
-        (["batch_rows=8", "mesh.fsdp=3"], "does not multiply out to the 1 devices there are"),
+        (["batch_rows=8", "mesh.fsdp=3"], "does not divide the 1 devices that there are"),
         (["model.vocab_size=200"], "model.vocab_size = 200 has no room for the 262 tokens of data.tokenizer = 'bytes'"),
         (["model.width=64", "steps=4"], "holds another model: model.width was 32, is 64"),
         (["seed=1", "steps=4"], "was trained on other data: seed was 0, is 1"),

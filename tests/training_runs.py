@@ -10,20 +10,32 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+def simulated(devices):
+    """XLA_FLAGS. Without optimization it compiles twice as fast; collectives of a busy machine may take minutes."""
+    return (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
+
+
+EIGHT_DEVICES = simulated(8)
+
+
 def command(corpus, workdir, *overrides):
     keys = [f"--config.{o}" for o in (f"data.root={corpus}", *overrides)]
     return [sys.executable, "-m", "nmm_jax.train", "--config=tests/tiny.py", *keys, f"--workdir={workdir}"]
 
 
 def environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulated(devices)}
 
 
-def start(*args, devices=1):
+def start(*args, devices=1, **of_process):
     """A process; what it says goes to the file `said`, as a pipe that nobody reads stops its writer when it is full."""
     said = tempfile.TemporaryFile("w+")
-    running = subprocess.Popen(args, cwd=ROOT, env=environment(devices), stderr=said, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        args, cwd=ROOT, env=environment(devices), stderr=said, stdout=subprocess.DEVNULL, **of_process
+    )
     running.said = said
     return running
 

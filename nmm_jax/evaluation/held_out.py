@@ -40,7 +40,7 @@ def make_row_sums(run: Run) -> RowSums:
     def row_sums(params: Any, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         model = run.model if isinstance(run.model, PixelTextModel) else run.language_model
         hidden, _ = model.hidden(params, batch, constrain=constrain)
-        ce, _ = cross_entropy(hidden, model.unembedding(params), batch["targets"], chunks)
+        ce, _ = cross_entropy(hidden, model.unembedding(params), batch["targets"], chunks, constrain)
         return (batch["loss_mask"] * ce).sum(1), batch["loss_mask"].sum(1)
 
     return jax.jit(row_sums, out_shardings=replicated(run.mesh))

@@ -1,10 +1,8 @@
 """A trained model and its tokenizer, as evaluate, generate and report are told on the command line to find them."""
 
-import os
-
 from absl import flags
 
-from data_pipelines import tokenizer
+from data_pipelines import paths, store, tokenizer
 from nmm_jax.parallel import processes
 from nmm_jax.training.checkpoints import Run, open_run
 
@@ -18,11 +16,13 @@ def restore(workdir: str, step: int | None = None, data_root: str = "") -> tuple
     Raises:
       CheckpointError: no such run or step (the message lists the steps there are).
       TokenizerError: the tokenizer is neither here nor in the data's root.
+      ValueError: the data is in a bucket.
     """
     run = open_run(workdir, step)
     if data_root:
         with run.config.unlocked():
-            run.config.data.root = os.path.abspath(data_root)
+            run.config.data.root = str(paths.absolute(data_root))
+    store.require_on_disk(run.config.data.root)
     return run, tokenizer.load(run.config.data.tokenizer, run.config.data.root)
 
 

@@ -2,8 +2,11 @@
 
 import json
 import os
-import pathlib
 from typing import Any
+
+from etils import epath
+
+from data_pipelines import paths
 
 Results = dict[str, Any]  # docs/evaluation.md lists the keys
 
@@ -77,12 +80,12 @@ def _pm(value: float, error: float | None, digits: int, scale: float = 1) -> str
     return f"{scale * value:.{digits}f}" + ("" if error is None else f" ±{scale * error:.{digits}f}")
 
 
-def path_of(workdir: str, step: int) -> pathlib.Path:
+def path_of(workdir: str, step: int) -> epath.Path:
     """Where the evaluation of a step is kept."""
-    return pathlib.Path(workdir) / "evaluation" / f"{step}.json"
+    return epath.Path(workdir) / "evaluation" / f"{step}.json"
 
 
-def save(results: Results, workdir: str) -> pathlib.Path:
+def save(results: Results, workdir: str) -> epath.Path:
     """Keeps the results in the run's folder, beside what other tasks measured of the same step before."""
     path = path_of(workdir, results["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +95,7 @@ def save(results: Results, workdir: str) -> pathlib.Path:
 
 def write(results: Results, path: str | os.PathLike) -> None:
     """Writes the file as a whole or not at all."""
-    unfinished = pathlib.Path(f"{path}.incomplete")
-    unfinished.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    paths.write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def read(workdir: str, step: int) -> Results | None:

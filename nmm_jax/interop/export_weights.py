@@ -11,7 +11,6 @@ import collections
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,23 +19,26 @@ import ml_dtypes
 import numpy as np
 import tqdm
 from absl import app, flags
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from configs import command_line
 from configs.loading import from_json
 from data_pipelines import tokenizer
 from nmm_jax import models
 from nmm_jax.interop import their_config
 from nmm_jax.interop.axes import Axes
 from nmm_jax.interop.errors import InteropError
-from nmm_jax.interop.import_weights import TOKENIZER, mesh_for
+from nmm_jax.interop.import_weights import TOKENIZER
 from nmm_jax.interop.layouts import Rule, pixel_axes, summary
 from nmm_jax.interop.tensors import Entry, plan, write, write_json
 from nmm_jax.parallel import processes
 from nmm_jax.parallel.sharding import param_shardings
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.progress import say
+from nmm_jax.training.state import mesh_for
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -98,9 +100,9 @@ def export_weights(
         write(folder, files, tensors())
         if target.processor:
             write_json(folder / "preprocessor_config.json", target.processor)
-        for own in (pathlib.Path(config.data.root) / config.data.tokenizer, pathlib.Path(config.data.tokenizer)):
+        for own in (epath.Path(config.data.root) / config.data.tokenizer, epath.Path(config.data.tokenizer)):
             if own.is_file():
-                shutil.copyfile(own, folder / TOKENIZER)
+                (folder / TOKENIZER).write_bytes(own.read_bytes())
         write_json(folder / "config.json", target.config)
     else:
         collections.deque(tensors(), maxlen=0)  # all processes take part in gathering each
@@ -161,11 +163,9 @@ if __name__ == "__main__":
     DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of the tensors; bfloat16 rounds them")
     MAX_SHARD = flags.DEFINE_string("max_shard", "4GB", "size of a file, at most")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+    def main(_: list[str]) -> None:
         size = _bytes(MAX_SHARD.value)
         processes.initialize()
         export_weights(WORKDIR.value, OUTPUT.value, STEP.value, DTYPE.value, size)
 
-    app.run(main)
+    command_line.run(main)

@@ -7,7 +7,6 @@ preprocessor_config.json. RUN gets config.json, checkpoints/0 with float32 param
 are read shard by shard onto all devices; docs/interop.md tells which layouts there are and what is left out.
 """
 
-import math
 import os
 import pathlib
 from typing import Any
@@ -16,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from configs import loading
-from data_pipelines import tokenizer
+from configs import command_line, loading
+from data_pipelines import paths, tokenizer
 from nmm_jax import models
 from nmm_jax.interop import special_tokens, their_config
 from nmm_jax.interop.axes import Index
@@ -31,11 +31,11 @@ from nmm_jax.interop.layouts import Rule, match, pixel_axes
 from nmm_jax.interop.tensors import Folder
 from nmm_jax.interop.their_config import Source
 from nmm_jax.parallel import processes
-from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.parallel.sharding import param_shardings, replicated
 from nmm_jax.training.checkpoints import Checkpoints
 from nmm_jax.training.metrics import Seen
 from nmm_jax.training.progress import say
+from nmm_jax.training.state import mesh_for
 
 TOKENIZER = "tokenizer.json"
 
@@ -46,7 +46,7 @@ def import_weights(folder: str | os.PathLike, workdir: str | os.PathLike) -> Non
     Raises:
       InteropError: the folder cannot be read, or is of a model that we have no counterpart of.
     """
-    source_folder, run = pathlib.Path(folder), pathlib.Path(workdir)
+    source_folder, run = pathlib.Path(folder), paths.reach(workdir)
     source = their_config.read(source_folder)
     tensors = Folder(source_folder)
     config = source.config
@@ -61,9 +61,9 @@ def import_weights(folder: str | os.PathLike, workdir: str | os.PathLike) -> Non
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
         if (source_folder / TOKENIZER).is_file():
-            _adopt_tokenizer(source_folder / TOKENIZER, (run / TOKENIZER).absolute(), source)
+            _adopt_tokenizer(source_folder / TOKENIZER, run / TOKENIZER, source)
     with config.unlocked():
-        config.data.tokenizer = str((run / TOKENIZER).absolute())
+        config.data.tokenizer = str(run / TOKENIZER)
     text = loading.to_json(config)
     seen = Seen.nothing(config.data.sources).to_meta()
     meta = {"config": text, "data": {}, "seen": seen, "imported": {"layout": source.kind, "tokens": source.tokens}}
@@ -71,7 +71,7 @@ def import_weights(folder: str | os.PathLike, workdir: str | os.PathLike) -> Non
     checkpoints.save(0, {"step": step, "params": params}, meta)
     checkpoints.close()
     if jax.process_index() == 0:
-        (run / "config.json").write_text(text)
+        paths.write_text(run / "config.json", text)
     multihost_utils.sync_global_devices("imported")
     size = sum(x.size for x in jax.tree.leaves(params))
     say(f"{run}: {size:,} parameters of {source.kind}, checkpoint 0")
@@ -107,12 +107,6 @@ def load(tensors: Folder, source: Source, model: models.Model, mesh: Mesh) -> di
         else:
             loaded[name] = jax.jit(lambda shape=shape: jnp.zeros(shape), out_shardings=sharding)()
     return unflatten_dict(loaded, sep="/")
-
-
-def mesh_for(model: models.Model) -> Mesh:
-    """All devices, as open_run takes them: experts over as many as divide them, fsdp over the rest."""
-    experts = model.spec.moe.experts if model.spec.moe else 1
-    return mesh_of({"fsdp": -1, "expert": math.gcd(experts, jax.device_count())})
 
 
 def _array(
@@ -154,7 +148,7 @@ def _array(
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
-def _adopt_tokenizer(source: pathlib.Path, target: pathlib.Path, model: Source) -> None:
+def _adopt_tokenizer(source: pathlib.Path, target: epath.Path, model: Source) -> None:
     try:
         added = special_tokens.adopt(source, target, model.tokens)
         size = tokenizer.load(str(target)).vocab_size
@@ -184,10 +178,8 @@ if __name__ == "__main__":
     INPUT = flags.DEFINE_string("input", None, "folder with config.json and safetensors", required=True)
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run to make", required=True)
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
+    def main(_: list[str]) -> None:
         processes.initialize()
         import_weights(INPUT.value, WORKDIR.value)
 
-    app.run(main)
+    command_line.run(main)

@@ -6,10 +6,12 @@ So a text begins with the token that the model has always seen there. Those it l
 """
 
 import json
-import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from data_pipelines import tokenizer
 
@@ -17,7 +19,7 @@ from data_pipelines import tokenizer
 _ORDER = ("eos", "bos", "image", "pad")
 
 
-def adopt(source: pathlib.Path, target: pathlib.Path, ids: Mapping[str, int | None]) -> list[str]:
+def adopt(source: pathlib.Path, target: epath.Path, ids: Mapping[str, int | None]) -> list[str]:
     """Writes the tokenizer; returns the special tokens that the model has none of, which have new ids.
 
     Args:
@@ -29,12 +31,10 @@ def adopt(source: pathlib.Path, target: pathlib.Path, ids: Mapping[str, int | No
         own = ids.get(name)
         if own is not None and own not in taken and _rename(content, own, tokenizer.SPECIALS[name]):
             taken.add(own)
-    temporary = target.with_name(target.name + ".renamed")
-    temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    try:
-        return tokenizer.prepare(temporary, target)
-    finally:
-        os.remove(temporary)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as renamed:
+        json.dump(content, renamed, ensure_ascii=False)
+        renamed.flush()
+        return tokenizer.prepare(renamed.name, target)
 
 
 def _rename(content: dict[str, Any], own: int, new: str) -> bool:

@@ -4,26 +4,27 @@ Each holds `params` and `progress` (step and optimizer) as arrays of any size, a
 fingerprints of the data and the host's counters. A checkpoint appears under its name when it is complete and not
 before; a killed save leaves a folder with `tmp` in its name, which nobody reads and the next run removes.
 They are read onto any mesh and any number of processes.
+
+In a bucket (gs://, s3://) nothing can be renamed: there a checkpoint is complete when it has a commit_success.txt.
 """
 
 import dataclasses
 import errno
-import math
-import pathlib
-import shutil
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from configs.loading import from_json
+from data_pipelines import paths
 from nmm_jax import models
-from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.parallel.sharding import param_shardings
-from nmm_jax.training.state import State
+from nmm_jax.training import orbax_on_s3
+from nmm_jax.training.state import State, mesh_for
 
 Meta = dict[str, Any]
 
@@ -44,19 +45,24 @@ class Checkpoints:
         Args:
           workdir: of the run.
           read_only: touches nothing there, so that another process may be writing.
+
+        Raises:
+          CheckpointError: there is nothing to read.
+          BucketError: the bucket that `workdir` is in cannot be reached.
         """
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = paths.reach(workdir) / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{workdir} is no run: it has no folder `checkpoints`; give the --workdir of train")
         if not read_only and jax.process_index() == 0:
             # Now, and not in the background as Orbax does, where it could meet a new save under the same name.
-            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover)
+            for leftover in _leftovers(self.folder):
+                leftover.rmtree()
         policies = ocp.training.preservation_policies
         preserved = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.PreserveAll() if read_only else policies.AnyPreservationPolicy(preserved),
+            context=_context(self.folder),
         )
         self._saving: tuple[int, Any] | None = None
 
@@ -127,7 +133,7 @@ class Checkpoints:
         with context:
             return self._read(step, {"params": abstract_params})["params"]
 
-    def path(self, step: int) -> pathlib.Path:
+    def path(self, step: int) -> epath.Path:
         return self.folder / str(step)
 
     def _existing(self, step: int | None) -> int:
@@ -161,6 +167,23 @@ class Checkpoints:
         return CheckpointError(
             f"checkpoint {step}, {self.path(step)}, was not written ({_first_line(error)}); {intact}"
         )
+
+
+def _context(folder: epath.Path) -> ocp.Context:
+    context = ocp.Context()
+    if str(folder).startswith("s3://"):
+        orbax_on_s3.teach()
+    if paths.is_remote(folder):
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    return context
+
+
+def _leftovers(folder: epath.Path) -> list[epath.Path]:
+    """What killed saves left."""
+    if not paths.is_remote(folder):
+        return list(folder.glob("*.orbax-checkpoint-tmp*"))
+    there = folder.iterdir() if folder.exists() else ()
+    return [saved for saved in there if saved.name.isdigit() and not (saved / "commit_success.txt").exists()]
 
 
 def _first_line(error: BaseException) -> str:
@@ -205,8 +228,8 @@ class Run:
 def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> Run:
     """The model of a run with its parameters of `step` (None: the last), on `mesh`.
 
-    Without a mesh: experts over as many devices as divide them, fsdp over the rest. How experts are computed and
-    reached is chosen for these devices, whatever the run's config says.
+    The mesh (where none is given) and how experts are computed and reached are chosen for the devices there are,
+    whatever the run's config says.
 
     Raises:
       CheckpointError: `workdir` is no run, or has no such checkpoint.
@@ -217,8 +240,7 @@ def open_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) ->
         config.model.moe.transport = config.model.moe.grouped_matmul = "auto"
     model = models.build(config)
     if mesh is None:
-        experts = model.spec.moe.experts if model.spec.moe else 1
-        mesh = mesh_of({"fsdp": -1, "expert": math.gcd(experts, jax.device_count())})
+        mesh = mesh_for(model)
     there = checkpoints.abstract_params(checkpoints.meta(step)["step"])
     if missing := sorted(model.abstract.keys() - there.keys()):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the run's numbers: one line a logged step, and TensorBoard beside it.
+"""metrics.jsonl, the run's numbers: one line a logged step, and TensorBoard and Weights & Biases beside it.
 
     {"step": 20, "loss": 5.1, "loss/captions": 4.9, "learning_rate": 0.001, ..., "tokens": 81920, "time/step": 0.1}
 
@@ -13,19 +13,27 @@ held no image. An objective of several terms has each one's loss, `loss_text` an
 Keys that start with `time/`, `speed/` or `memory/` depend on the machine; all others are the same to the bit
 whenever the same run is repeated or goes on from a checkpoint. After a restart the file tells the surviving
 trajectory: lines after the restored step, and a torn last line, are dropped first.
+
+A run directory in a bucket gets the files whole, in the background and before each checkpoint (training/spool.py): so
+whatever checkpoint a run goes on from, on whichever machine, the lines up to it are there.
 """
 
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
+
+from data_pipelines import paths
+from nmm_jax.training.spool import Spool
+from nmm_jax.training.wandb_board import WandbBoard
 
 Fetched = Mapping[str, Any]  # a step's metrics (training/step.py) on the host
 
@@ -155,19 +163,17 @@ def _of_router(router: Fetched, tokens: int, dropped: int) -> dict[str, Any]:
     }
 
 
-def trim(path: pathlib.Path, step: int) -> None:
+def trim(path: epath.Path | pathlib.Path, step: int) -> None:
     """Drops the lines after `step` and a torn last line, atomically."""
     if not path.exists():
         return
     text = path.read_text()
     kept = [whole for whole in text.splitlines(keepends=True) if whole.endswith("\n") and _step_of(whole, path) <= step]
     if "".join(kept) != text:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        paths.write_text(path, "".join(kept))
 
 
-def _step_of(whole_line: str, path: pathlib.Path) -> int:
+def _step_of(whole_line: str, path: epath.Path | pathlib.Path) -> int:
     try:
         return int(json.loads(whole_line)["step"])
     except (ValueError, KeyError, TypeError) as e:
@@ -175,14 +181,17 @@ def _step_of(whole_line: str, path: pathlib.Path) -> int:
 
 
 class Writer:
-    """Appends lines to workdir/metrics.jsonl; a line is in the file when `write` returns."""
+    """Appends lines to workdir/metrics.jsonl; a line is there when `write` returns, in a bucket when `upload` does."""
 
-    def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
-        """Goes on after `step`."""
-        path = workdir / "metrics.jsonl"
-        trim(path, step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1) if tensorboard else None
+    def __init__(self, workdir: epath.Path | pathlib.Path, step: int, config: ConfigDict):
+        """Goes on after `step`. Of the config it is told which boards get the lines as well."""
+        folder = epath.Path(workdir)
+        trim(folder / "metrics.jsonl", step)
+        self._spool = Spool(folder)
+        self._file = self._spool.file("metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(self._spool.folder), purge_step=step + 1) if config.log.tensorboard else None
+        self._wandb = WandbBoard(folder, config) if config.log.wandb else None
+        self._spool.upload()
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -191,8 +200,19 @@ class Writer:
             for name, value in values.items():
                 if name != "step" and not isinstance(value, list):
                     self._board.add_scalar(name, value, values["step"])
+        if self._wandb:
+            self._wandb.write(values)
+
+    def upload(self, patience: float = 0.0) -> None:
+        """Returns when all lines are in workdir, wherever that is (Spool.upload)."""
+        if self._board:
+            self._board.flush()
+        self._spool.upload(patience)
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
+        if self._wandb:
+            self._wandb.close()
+        self._spool.close()

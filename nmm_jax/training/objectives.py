@@ -74,7 +74,9 @@ class LanguageObjective:
     def losses(self, params: Params, batch: Batch) -> tuple[ByTerm, ByTerm, Float[Array, ""], dict[str, Any]]:
         """Cross-entropy; z-loss, to keep the softmax's normaliser near 1 (PaLM, arXiv:2204.02311); routers' losses."""
         hidden, statistics = self._model.hidden(params, batch, constrain=self._constrain)
-        ce, log_z = cross_entropy(hidden, self._model.unembedding(params), batch["targets"], self._chunks)
+        ce, log_z = cross_entropy(
+            hidden, self._model.unembedding(params), batch["targets"], self._chunks, self._constrain
+        )
         penalties = {"text": self._z_loss * jnp.square(log_z)} if self._z_loss else {}
         slots = {"vision_slots": statistics["vision_slots"]} if "vision_slots" in statistics else {}
         router = {name: x for name, x in statistics.items() if name not in slots}

@@ -16,21 +16,25 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from nmm_jax.training.schedule import make_schedule
+from nmm_jax.training.schedule import Ends, Schedule, ends, make_schedule
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The chain of `config.optimizer` and `config.schedule`; its updates are added to the parameters."""
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """The chain of `config.optimizer` and `config.schedule`; its updates are added to the parameters.
+
+    `update` takes `ends` (training/schedule.py) of another run than the config's.
+    """
     c = config.optimizer
     chain = optax.chain(
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.scale_by_adam(c.beta1, c.beta2, c.eps),
         # The rate below multiplies this too, so what reaches the weights is weight_decay * lr_t / lr_peak.
         optax.add_decayed_weights(c.weight_decay / c.learning_rate, mask=lambda p: decayed(p, c.decay_exclude)),
-        optax.scale_by_learning_rate(make_schedule(config)),
+        _scale_by_learning_rate(make_schedule(config), ends(config)),
     )
     return chain if c.vision_scale == 1 else _scaled(chain, c.vision_scale, lambda name: name.startswith("vision/"))
 
@@ -40,17 +44,31 @@ def decayed(params: Any, exclude: tuple[str, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not any(part in _name(path) for part in exclude), params)
 
 
+def _scale_by_learning_rate(schedule: Schedule, its_own: Ends) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_learning_rate, its state too, of a schedule whose ends are an argument."""
+
+    def init(_: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, *, ends: Ends = its_own, **_: Any) -> tuple[Any, Any]:
+        rate = schedule(state.count, ends)
+        scaled = jax.tree.map(lambda x: (-rate).astype(x.dtype) * x, updates)
+        return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _scaled(
-    inner: optax.GradientTransformation, factor: float, chosen: Callable[[str], bool]
-) -> optax.GradientTransformation:
+    inner: optax.GradientTransformationExtraArgs, factor: float, chosen: Callable[[str], bool]
+) -> optax.GradientTransformationExtraArgs:
     """`inner` with the updates of the parameters with `chosen` names times `factor`; the state is inner's."""
 
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(gradients, state, params)
+    def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(gradients, state, params, **extra)
         scale = lambda path, x: x * factor if chosen(_name(path)) else x  # noqa: E731
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _name(path: Any) -> str:

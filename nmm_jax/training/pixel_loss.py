@@ -82,7 +82,7 @@ class PixelObjective:
         if isinstance(self._model, PixelTextModel):
             assert text is not None
             unembedding = self._model.unembedding(params)
-            losses["text"], log_z = cross_entropy(text, unembedding, batch["targets"], self._chunks)
+            losses["text"], log_z = cross_entropy(text, unembedding, batch["targets"], self._chunks, self._constrain)
             if self._z_loss:
                 penalty["text"] = self._z_loss * jnp.square(log_z)
         return losses, penalty, jnp.zeros(()), {}

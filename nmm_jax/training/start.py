@@ -11,13 +11,13 @@ smaller vocabulary fills the first rows, and layers are regrouped where the mode
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -86,7 +86,7 @@ class _Source:
     @classmethod
     def open(cls, part: str, where: str) -> "_Source":
         workdir, at, step = where.rpartition("@")
-        if not (at and step.isdigit()) or pathlib.Path(where).is_dir():
+        if not (at and step.isdigit()) or epath.Path(where).is_dir():
             workdir, step = where, ""
         try:
             checkpoints = Checkpoints(workdir, read_only=True)

@@ -14,11 +14,23 @@ from jax.sharding import Mesh
 
 from nmm_jax.models import Model
 from nmm_jax.models.deep_fusion import with_copies
-from nmm_jax.parallel.sharding import param_shardings, replicated
+from nmm_jax.parallel.mesh import make_mesh
+from nmm_jax.parallel.sharding import divisor, param_shardings, replicated
 from nmm_jax.training import freezing
 
 State = dict[str, Any]
 Params = dict[str, Any]
+
+# Run once: optimising it took 9 to 27 s where compiling as it is takes 2 to 6 (configs/ladder.py's models, CPU).
+QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+def mesh_for(model: Model) -> Mesh:
+    """All devices there are, laid out as for a config that leaves every axis of its mesh open."""
+    config = model.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh.update(dict.fromkeys(config.mesh, -1))
+    return make_mesh(config, width=divisor(model.abstract, model.logical_axes))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -58,7 +70,8 @@ def initial_state(
     flat, shapes = flatten_dict(loaded or {}, sep="/"), flatten_dict(model.abstract, sep="/")
     whole = {name: x for name, x in flat.items() if x.shape == shapes[name].shape}
     parts = {name: x for name, x in flat.items() if name not in whole}
-    return jit_initial_state(model, optimizer, mesh, seed)(whole, parts)
+    lowered = jit_initial_state(model, optimizer, mesh, seed).lower(whole, parts)
+    return lowered.compile(QUICKLY.get(mesh.devices.flat[0].platform))(whole, parts)
 
 
 def jit_initial_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> Any:

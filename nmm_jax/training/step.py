@@ -1,4 +1,4 @@
-"""One training step, a pure function (state, batch) -> (state, metrics).
+"""One training step, a pure function (state, batch, ends) -> (state, metrics).
 
 The loss is over the global batch, whatever the mesh and the number of microbatches:
 
@@ -25,14 +25,14 @@ from nmm_jax.parallel.sharding import batch_sharding, param_shardings, replicate
 from nmm_jax.training import freezing
 from nmm_jax.training.losses import masked_sums
 from nmm_jax.training.objectives import Batch, Objective, make_objective
-from nmm_jax.training.schedule import make_schedule
+from nmm_jax.training.schedule import Ends, make_schedule
 from nmm_jax.training.state import Params, State, abstract_state, shardings_of
 
 Metrics = dict[str, Any]
-Step = Callable[[State, Batch], tuple[State, Metrics]]
+Step = Callable[[State, Batch, Ends], tuple[State, Metrics]]  # ends: training/schedule.py
 
 
-def make_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh) -> Step:
+def make_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, config: ConfigDict, mesh: Mesh) -> Step:
     """The step, not yet jitted.
 
     Metrics, all computed from the global batch; K is the number of sources:
@@ -53,15 +53,16 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
     num_sources, patterns = len(config.data.sources), model.config.optimizer.freeze
     shardings, _ = freezing.split(param_shardings(model.abstract, model.logical_axes, mesh), patterns)
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, ends: Ends) -> tuple[State, Metrics]:
         # Of the seed and the step alone, so that a run that goes on from a checkpoint draws the same.
         batch = objective.prepare(batch, jax.random.fold_in(jax.random.key(config.seed), state["step"]))
         trainable, frozen = freezing.split(state["params"], patterns)
         (sums, told), grads = gradients(trainable, frozen, batch)
         # Left to itself the compiler returns most of them unsharded (measured on 8 devices: 7 of 7 weights).
         grads = jax.lax.with_sharding_constraint(grads, shardings)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], trainable)
-        params = freezing.merge(optax.apply_updates(trainable, updates), frozen)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], trainable, ends=ends)
+            params = freezing.merge(optax.apply_updates(trainable, updates), frozen)
         router = told.pop("router", {})
         if router and isinstance(model, LanguageModel) and model.spec.moe:
             params = model.rebalanced(params, router["expert_tokens"])
@@ -72,7 +73,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
             "loss": _weighted(objective, terms),
             "terms": terms,
             **_by_source(objective, sums),
-            "learning_rate": schedule(state["step"]),
+            "learning_rate": schedule(state["step"], ends),
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             "tokens_by_source": _tokens_by_source(batch, num_sources),
@@ -87,12 +88,12 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, config: Con
     return step
 
 
-def jit_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh) -> Any:
+def jit_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, config: ConfigDict, mesh: Mesh) -> Any:
     """The step jitted with explicit shardings; the old state's memory is given to the new one."""
     state = shardings_of(abstract_state(model, optimizer, mesh))
     return jax.jit(
         make_step(model, optimizer, config, mesh),
-        in_shardings=(state, batch_sharding(mesh)),
+        in_shardings=(state, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )

@@ -11,13 +11,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import loading
 from nmm_jax import models
+from nmm_jax.compilation.products import flops
 from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.training import compatibility, freezing
 from nmm_jax.training.checkpoints import Checkpoints, open_run
 from nmm_jax.training.optimizer import make_optimizer
+from nmm_jax.training.schedule import ends
 from nmm_jax.training.state import abstract_state, trainable
 from nmm_jax.training.step import jit_step
-from tests import hlo_flops
 from tests.fake_batches import fake_batch, tiny_config
 
 LATE = {
@@ -47,7 +48,12 @@ def begin(config):
     params = some_params(model)
     opt_state = optimizer.init(trainable(model, params))
     state = jax.device_put({"step": np.int32(0), "params": params, "opt_state": opt_state})
-    return model, optimizer, state, fast(jit_step(model, optimizer, config, one_device()), state, fake_batch(config))
+    return (
+        model,
+        optimizer,
+        state,
+        fast(jit_step(model, optimizer, config, one_device()), state, fake_batch(config), ends(config)),
+    )
 
 
 def some_params(model):
@@ -101,7 +107,7 @@ def test_a_hundred_steps(kind):
     before = flat(state["params"])
     frozen = freezing.frozen_names(before, config.optimizer.freeze)
     for t in range(100):
-        state, metrics = step(state, fake_batch(config, seed=t % 4))
+        state, metrics = step(state, fake_batch(config, seed=t % 4), ends(config))
         if t == 4:
             fifth, grad_norm = flat(state["params"]), float(metrics["grad_norm"])
     after = flat(state["params"])
@@ -127,7 +133,7 @@ def products(**overrides):
     *_, state, step = begin(config)
     # Frozen or not, a weight is given back in its own memory.
     assert step.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
-    return hlo_flops.flops(step.as_text())
+    return flops(step.as_text())
 
 
 def test_the_compiled_step_has_no_gradient_of_what_is_frozen():

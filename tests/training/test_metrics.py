@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nmm_jax.training import metrics
+from tests import tiny
 
 
 def fetched(**changes):
@@ -105,7 +106,7 @@ def test_a_torn_line_that_ends_in_a_number_is_dropped(tmp_path):
 
 def test_writer_goes_on_after_the_restored_step(tmp_path):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        writer = metrics.Writer(tmp_path, start, tensorboard=False)
+        writer = metrics.Writer(tmp_path, start, tiny.get_config())
         for s in steps:
             writer.write({"step": s, "run": start})
         writer.close()

@@ -11,6 +11,7 @@ from nmm_jax.training.contrastive_loss import ContrastiveObjective
 from nmm_jax.training.objectives import LanguageObjective, make_objective
 from nmm_jax.training.optimizer import make_optimizer
 from nmm_jax.training.pixel_loss import PixelObjective
+from nmm_jax.training.schedule import ends
 from nmm_jax.training.state import trainable
 from nmm_jax.training.step import jit_step
 from tests.fake_batches import tiny_config
@@ -32,8 +33,12 @@ def one_step(number, **overrides):
     params = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), model.abstract)
     state = {"step": np.int32(number), "params": params, "opt_state": optimizer.init(trainable(model, params))}
     batch = two_sources()
-    step = jit_step(model, optimizer, config, mesh).lower(state, batch).compile({"xla_backend_optimization_level": 0})
-    after, metrics = step(jax.device_put(state), jax.device_put(batch))
+    step = (
+        jit_step(model, optimizer, config, mesh)
+        .lower(state, batch, ends(config))
+        .compile({"xla_backend_optimization_level": 0})
+    )
+    after, metrics = step(jax.device_put(state), jax.device_put(batch), ends(config))
     return model, config, params, after["opt_state"][1].mu, jax.device_get(metrics)
 
 

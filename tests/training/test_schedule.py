@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import loading
-from nmm_jax.training.schedule import make_schedule
+from nmm_jax.training.schedule import ends, make_schedule
 
 
 def rates(steps=20, peak=2.0, **schedule):
@@ -44,3 +44,14 @@ def test_cosine_is_half_way_in_the_middle():
 def test_a_longer_run_agrees_with_its_trunk_until_the_cooldown():
     trunk, cooled = rates(warmup=4, cooldown=0), rates(warmup=4, cooldown=6)
     np.testing.assert_array_equal(trunk[:15], cooled[:15])
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule.kind": "cosine"}, {"schedule.cooldown_shape": "linear"}])
+def test_other_ends_than_the_configs(schedule):
+    short, long = (
+        loading.load("configs/quickstart.py", {"steps": n, "schedule.warmup": 3, "schedule.cooldown": k} | schedule)
+        for n, k in ((20, 0), (30, 7))
+    )
+    steps = np.arange(30)
+    np.testing.assert_array_equal(make_schedule(short)(steps, ends(long)), make_schedule(long)(steps))
+    assert not np.array_equal(make_schedule(short)(steps), make_schedule(long)(steps))

@@ -8,7 +8,8 @@ import pytest
 from nmm_jax import models
 from nmm_jax.parallel.mesh import mesh_of
 from nmm_jax.training.optimizer import make_optimizer
-from nmm_jax.training.state import initial_state
+from nmm_jax.training.schedule import ends
+from nmm_jax.training.state import abstract_state, initial_state
 from nmm_jax.training.step import jit_step
 from tests.fake_batches import fake_batch, tiny_config
 
@@ -17,7 +18,7 @@ def run_step(config, batch):
     mesh, model, optimizer = mesh_of({}, jax.devices()[:1]), models.build(config), make_optimizer(config)
     state = initial_state(model, optimizer, mesh, config.seed)
     before = jax.tree.map(np.asarray, state["params"])
-    after, metrics = jit_step(model, optimizer, config, mesh)(state, batch)
+    after, metrics = jit_step(model, optimizer, config, mesh)(state, batch, ends(config))
     return model, before, after, jax.device_get(metrics)
 
 
@@ -123,3 +124,15 @@ def test_a_batch_without_targets_has_loss_zero():
     batch["loss_mask"][:] = 0
     *_, metrics = run_step(config, batch)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+def test_runs_of_one_trunk_are_one_program():
+    def lowered(**ending):
+        config = tiny_config(**ending)
+        mesh, model, optimizer = mesh_of({}, jax.devices()[:1]), models.build(config), make_optimizer(config)
+        state = abstract_state(model, optimizer, mesh)
+        return jit_step(model, optimizer, config, mesh).lower(state, fake_batch(config), ends(config)).as_text()
+
+    trunk = lowered(steps=40, schedule__cooldown=0)
+    assert trunk == lowered(steps=55, schedule__cooldown=0) == lowered(steps=50, schedule__cooldown=10)
+    assert trunk != lowered(steps=40, schedule__cooldown=0, schedule__warmup=7)
