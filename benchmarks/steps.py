@@ -35,6 +35,7 @@ class OurStep:
 
         from configs import loading
         from nmm_jax import models
+        from nmm_jax.parallel import host_memory
         from nmm_jax.parallel.batches import abstract_batch
         from nmm_jax.parallel.compiler_options import compile_with, compiler_options
         from nmm_jax.parallel.mesh import make_mesh
@@ -44,6 +45,7 @@ class OurStep:
         from nmm_jax.training.state import abstract_state, initial_state
         from nmm_jax.training.step import jit_step
 
+        host_memory.keep_freed()  # as train does
         self.config, self.batches = loading.from_json(config), load_batches(folder)
         model = models.build(self.config)
         self._mesh = make_mesh(self.config, width=divisor(model.abstract, model.logical_axes))

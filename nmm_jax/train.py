@@ -32,7 +32,7 @@ from data_pipelines.plan import ensure_plans
 from data_pipelines.stream import Stream
 from nmm_jax import models
 from nmm_jax.models.moe import check_platform
-from nmm_jax.parallel import processes
+from nmm_jax.parallel import host_memory, processes
 from nmm_jax.parallel.batches import abstract_batch, local_rows, to_global
 from nmm_jax.parallel.chips import peak_flops
 from nmm_jax.parallel.compiler_options import compile_with, compiler_options, keep_compiled
@@ -265,6 +265,7 @@ if __name__ == "__main__":
     def main(_: list[str]) -> None:
         preemption.end_without_saving()
         processes.initialize()
+        host_memory.keep_freed()
         if not train(CONFIG.value, WORKDIR.value):
             sys.exit(preemption.EXIT_CODE)
 

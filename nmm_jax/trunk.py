@@ -33,7 +33,7 @@ from data_pipelines import paths
 from data_pipelines.locking import locked
 from nmm_jax.evaluate import evaluate, held_out_plans
 from nmm_jax.evaluation import restored, results
-from nmm_jax.parallel import processes
+from nmm_jax.parallel import host_memory, processes
 from nmm_jax.parallel.compiler_options import keep_compiled
 from nmm_jax.scaling import results_table, study
 from nmm_jax.train import train
@@ -122,6 +122,7 @@ if __name__ == "__main__":
     def main(_: list[str]) -> None:
         preemption.end_without_saving()
         processes.initialize()
+        host_memory.keep_freed()
         trunks, folder = study.expand(CONFIG.value), paths.reach(FOLDER.value)
         if TRUNK.value not in trunks:
             raise ValueError(f"--trunk={TRUNK.value} is none of the study's: {', '.join(trunks)}")

@@ -1,0 +1,45 @@
+"""A step's temporary memory is used again by the next one."""
+
+import subprocess
+import sys
+
+from tests.training_runs import ROOT, environment
+
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from nmm_jax.parallel import host_memory
+
+if sys.argv[1] == "kept":
+    host_memory.keep_freed()
+
+@jax.jit
+def step(x):  # sorted arrays exist: nothing fuses them away
+    return jnp.sort(jnp.sort(x, 0) + jnp.sort(-x, 0), 0).sum()
+
+x = jnp.ones((64, 2**17))
+
+def faults(steps=4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        step(x).block_until_ready()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
+
+faults()
+print(step.lower(x).compile().memory_analysis().temp_size_in_bytes // resource.getpagesize(), faults())
+"""
+
+
+def pages_and_faults(how: str) -> tuple[int, float]:
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    pages, faults = run.stdout.split()
+    return int(pages), float(faults)
+
+
+def test_steps_use_the_memory_of_the_step_before():
+    pages, faults = pages_and_faults("kept")
+    assert pages >= 2**26 / 4096 and faults < 0.02 * pages
+    assert pages_and_faults("given back")[1] > 0.5 * pages
