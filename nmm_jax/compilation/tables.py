@@ -73,9 +73,9 @@ def markdown(rows: Sequence[tuple[str, Facts]]) -> str:
     """A table of configs by name."""
     header = (
         "config", "slice", "mesh", "remat", "parameters", "memory, GiB", "over count", "collectives of a device",
-        "step", "MFU", "bound by", "compile",
+        "step", "MFU", "bound by",
     )  # fmt: skip
-    numbers = {"parameters", "memory, GiB", "over count", "step", "MFU", "compile"}
+    numbers = {"parameters", "memory, GiB", "over count", "step", "MFU"}
     rule = [":".rjust(4, "-") if name in numbers else "---" for name in header]
     return "\n".join([_row(header), _row(rule), *(markdown_row(name, f) for name, f in rows)])
 
@@ -95,7 +95,6 @@ def markdown_row(name: str, facts: Facts) -> str:
             duration(e["seconds"]),
             f"{e['mfu']:.1%}",
             e["bound"],
-            f"{facts['compile_seconds']:.0f} s",
         )
     )
 

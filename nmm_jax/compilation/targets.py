@@ -48,12 +48,15 @@ def made(target: Target, folder: pathlib.Path) -> Facts | None:
 
 
 def make(target: Target, folder: pathlib.Path) -> bool:
-    """Compiles it, unless its facts are in the folder; False if that failed, and then says why."""
+    """Compiles it, unless its facts are in the folder; False if that failed, and then says why.
+
+    One that compiles and does not fit has its row too, which says so.
+    """
     if made(target, folder):
         return True
     began = time.perf_counter()
     run = subprocess.run([sys.executable, *command(target)], capture_output=True, text=True)
-    if run.returncode:
+    if run.returncode and not run.stdout:
         (folder / f"{target.name}.log").write_text(run.stderr)
         print(f"{target.name}: {run.stderr.strip()[-2000:]}", file=sys.stderr, flush=True)
         return False

@@ -5,6 +5,8 @@ import pathlib
 import shlex
 import subprocess
 
+from configs.targets import TARGETS
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
@@ -53,3 +55,18 @@ def test_every_launch_command_of_the_page_is_taken():
                 staged.append(command.split()[0])
             tried.append(command.split()[0])
     assert {"launch/tpu_vm.sh", "launch/gke.sh", "launch/xpk.sh"} <= set(tried) & set(staged)
+
+
+def test_all_configs_of_the_table_fit():
+    page = (ROOT / "docs" / "pods.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in page.partition("<!-- targets -->\n")[2].splitlines()]
+    header, _, *rows = rows[: next(i for i, row in enumerate(rows) if len(row) == 1)]
+    found = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in rows}
+    for where, facts in found.items():
+        peak, capacity = facts["memory, GiB"].split(" of ")
+        assert float(peak) <= float(capacity), where
+    assert float(found["early_fusion:hw-8b", "v5p:4x4x4"]["over count"]) <= 1.15
+    assert set(found) == {
+        (target.config, f"{target.slices} x {target.topology}" if target.slices > 1 else target.topology)
+        for target in TARGETS
+    }
