@@ -82,7 +82,7 @@ class AIMv2(nnx.Module):
         place = jnp.broadcast_to(jnp.arange(patches), (rows, patches))
         positions = jnp.concatenate([place, patches + batch["positions"]], axis=1)
         until = jnp.broadcast_to(jnp.arange(1, x.shape[1] + 1), segments.shape)
-        rotary = rotary_tables(positions, spec.head_dim, spec.rope_theta) if spec.rope_theta else None
+        rotary = rotary_tables(spec, positions, constrain)
 
         def attend(q, k, v):
             return attention(q, k, v, segments, until, spec.attention, constrain), None

@@ -61,7 +61,7 @@ class Contrastive(nnx.Module):
         until = jnp.broadcast_to(jnp.arange(1, segments.shape[1] + 1), segments.shape)
         if not self.how.causal:
             until = jnp.maximum(until, length[:, None])
-        rotary = rotary_tables(batch["positions"], spec.head_dim, spec.rope_theta) if spec.rope_theta else None
+        rotary = rotary_tables(spec, batch["positions"], constrain)
         modality = jnp.where(segments > 0, 0, -1)
 
         def attend(q, k, v):

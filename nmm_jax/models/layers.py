@@ -122,12 +122,19 @@ class Norm(nnx.Module):
 
 
 def rotary_tables(
-    positions: Int[Array, "B S"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B S 1 K/2"], Float[Array, "B S 1 K/2"]]:
-    """Cosines and sines, float32, of position * theta^(-2j / K) (Su et al., arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    spec: StackSpec, positions: Int[Array, "B S"], constrain: Constrain
+) -> tuple[Float[Array, "B S 1 K/2"], Float[Array, "B S 1 K/2"]] | None:
+    """Cosines and sines, float32, of position * theta^(-2j / K) (Su et al., arXiv 2104.09864); None if theta is 0."""
+    if not spec.rope_theta:
+        return None
+    frequencies = spec.rope_theta ** (-jnp.arange(0, spec.head_dim, 2, dtype=jnp.float32) / spec.head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if constrain.platform != "cpu":
+        return jnp.cos(angles), jnp.sin(angles)
+    # XLA:CPU would make them anew in every layer and head, in the fusion that turns it; into a loop it fuses nothing.
+    tables = jax.lax.map(lambda a: (jnp.cos(a), jnp.sin(a)), jnp.moveaxis(angles, -1, 0))
+    cos, sin = (jnp.moveaxis(table, 0, -1) for table in tables)
+    return cos, sin
 
 
 def rotate(x: Float[Array, "B S H K"], cos: Array, sin: Array) -> Float[Array, "B S H K"]:

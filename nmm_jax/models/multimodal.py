@@ -77,7 +77,7 @@ class Multimodal(nnx.Module):
         modality = modalities(spec, batch)
         has_images = batch["images"].shape[1] > 0
         by_modality = ByModality(modality, constrain) if spec.deep and has_images else None
-        rotary = self.rotary(batch["positions"])
+        rotary = rotary_tables(spec, batch["positions"], constrain)
 
         def attend(q, k, v):
             out = attention(q, k, v, batch["segment_ids"], batch["attend_until"], spec.attention, constrain)
@@ -92,10 +92,6 @@ class Multimodal(nnx.Module):
         if by_modality and hasattr(self, "image_final_norm"):
             final = by_modality.select(final, self.image_final_norm(x))
         return final, kept, statistics | of_images
-
-    def rotary(self, positions: Int[Array, "B S"]) -> tuple[Array, Array] | None:
-        spec = self.spec
-        return rotary_tables(positions, spec.head_dim, spec.rope_theta) if spec.rope_theta else None
 
     def inputs(self, batch: dict[str, Array], constrain: Constrain) -> tuple[Float[Array, "B S D"], Statistics]:
         """Token embeddings, and image embeddings where image_index says so."""
@@ -143,7 +139,7 @@ class Multimodal(nnx.Module):
         self, token: Int[Array, "B"], position: Int[Array, "B"], cache: Cache, constrain: Constrain
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One more text token a row, written at `position` of the cache; it sees all that is before it."""
-        rotary = self.rotary((position + cache["rotary_offset"])[:, None])
+        rotary = rotary_tables(self.spec, (position + cache["rotary_offset"])[:, None], constrain)
         capacity = cache["key"].shape[2]
         mask = jnp.arange(capacity) <= position[:, None, None]
         put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
