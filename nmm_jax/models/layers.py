@@ -62,8 +62,8 @@ def on_rows(
 def product(x: Float[Array, "B S *K"], w: Float[Array, "..."], platform: str, summed: int = 1) -> Array:
     """x times w, over the last `summed` axes of x and the first of w.
 
-    On CPU all positions are one axis: gradients of a SwiGLU of 8 x 256 positions, width 128, feed-forward 512, took XLA
-    16 ms so, and 55 with two axes (PyTorch 20; 2 cores, JAX 0.10.2).
+    On CPU all positions are one axis: XLA's gradients of products over two are several times slower there (JAX 0.10.2,
+    docs/performance.md).
     """
     if platform != "cpu":
         return jnp.tensordot(x, w, summed)
