@@ -1,13 +1,20 @@
 """The exact MoE training step, compiled for a TPU v5p slice without a TPU: what crosses the network, what is made."""
 
+import contextlib
 import functools
 import json
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nmm_jax.compilation.products import products_in
 from nmm_jax.compilation.program import Instruction, Program
+from nmm_jax.models.moe import lacks_ragged
+from nmm_jax.parallel.topology import Topology
 from tests.tpu_compile import Compiled, compile_step
 
 pytestmark = [pytest.mark.extras, pytest.mark.timeout(1800)]
@@ -139,3 +146,24 @@ def test_memory(mesh, remat):
     state = 12 * (of_experts / DEVICES + (memory["parameters"] - of_experts) / MESHES[mesh][0])
     assert state <= memory["arguments"] <= 1.1 * state + (32 << 20), (state, memory)
     assert memory["temporary"] < 3 << 30, memory
+
+
+@pytest.mark.parametrize(("topology", "there"), [("v5e:4x4", True), ("v5e:4x8", False), ("v6e:4x8", True)])
+def test_where_tpus_have_no_exchange_of_unequal_parts(topology, there):
+    """What choose_transport knows of them is so."""
+    pytest.importorskip("libtpu")
+    devices = np.array(Topology.parse(topology, 1).devices()).reshape(-1, EXPERTS)
+    mesh = Mesh(devices, ("fsdp", "expert"))
+    assert bool(lacks_ragged(mesh)) is not there
+    cut = PartitionSpec(("fsdp", "expert"))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(cut, cut), out_specs=cut, check_vma=False)
+    def exchange(rows, sizes):
+        places = 8 * jnp.arange(EXPERTS, dtype=jnp.int32)
+        return jax.lax.ragged_all_to_all(rows, rows, places, sizes, places, sizes, axis_name="expert")
+
+    shapes = ((devices.size * 64, 128), jnp.bfloat16), ((devices.size * EXPERTS,), jnp.int32)
+    given = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, cut)) for x in shapes]
+    refused = contextlib.nullcontext() if there else pytest.raises(jax.errors.JaxRuntimeError, match="limited ICI")
+    with refused:
+        jax.jit(exchange).lower(*given).compile()

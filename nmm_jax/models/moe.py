@@ -11,6 +11,7 @@ shard_map, each device sorting its own tokens; where the mesh has an `expert` ax
                      results are summed where they belong
 """
 
+import collections
 import math
 from functools import partial
 
@@ -28,6 +29,7 @@ from nmm_jax.models.layers import FeedForward, weight
 from nmm_jax.models.router import Choice, Statistics, route, route_by_modality
 from nmm_jax.models.spec import MoESpec, StackSpec
 from nmm_jax.parallel import exchange
+from nmm_jax.parallel.chips import of_device
 from nmm_jax.parallel.gathered import gather, sum_of_shares
 from nmm_jax.parallel.mesh import BATCH_AXES
 from nmm_jax.parallel.sharding import Constrain, spec
@@ -109,9 +111,9 @@ def apply_experts(
 ) -> tuple[Float[Array, "B S D"], Int[Array, ""]]:
     """Every token through its experts; also how many (token, choice) pairs a bounded buffer had no room for."""
     mesh = constrain.mesh
-    local = partial(_apply, moe, constrain.platform)
     if mesh is None or mesh.size == 1:
-        return local(x, *choice, weights, axis_size=1)
+        return _apply(moe, constrain.platform, "", x, *choice, weights, axis_size=1)
+    local = partial(_apply, moe, constrain.platform, choose_transport(moe, mesh))
 
     def body(x: Array, experts: Array, gates: Array, *shards: Array) -> tuple[Array, Array]:
         whole = [gather(w, axes, mesh) for w, axes in zip(shards, Experts.AXES, strict=True)]
@@ -130,13 +132,19 @@ def apply_experts(
 
 
 def _apply(
-    moe: MoESpec, platform: str, x: Array, experts: Array, gates: Array, weights: Weights, axis_size: int
+    moe: MoESpec,
+    platform: str,
+    transport: str,
+    x: Array,
+    experts: Array,
+    gates: Array,
+    weights: Weights,
+    axis_size: int,
 ) -> tuple[Float[Array, "b S D"], Int[Array, ""]]:
     """What one device does, with its rows x [b,S,D] and its experts' weights; `axis_size` of the mesh axis `expert`."""
     flat = x.reshape(-1, x.shape[-1])
     experts, gates = (a.reshape(-1, moe.top_k) for a in (experts, gates))
     compute = partial(_feed_forward, moe, platform, weights)
-    transport = choose_transport(moe, platform, axis_size)
     if axis_size == 1:
         y, dropped = _here(flat, experts, gates, moe.experts, compute)
     elif transport == "gather":
@@ -146,17 +154,32 @@ def _apply(
     return y.reshape(x.shape), dropped
 
 
-def choose_transport(moe: MoESpec, platform: str, axis_size: int) -> str:
-    """model.moe.transport, or by platform.
+def choose_transport(moe: MoESpec, mesh: Mesh) -> str:
+    """model.moe.transport, or by what the mesh's devices have.
 
-    `gather` moves axis_size / top_k times the rows of an exchange. Where that is once, 8 choices over 8 H100s, marin's
-    log has it at 34 ms a layer and the ragged exchange at 60; so on GPU it is taken up to twice. Not measured here.
+    `gather` moves mesh.expert / top_k times the rows of an exchange, as `padded` does if a device may get all rows.
+    Where that is once, 8 choices over 8 H100s, marin's log has it at 34 ms a layer and the ragged exchange at 60; so
+    on GPU it is taken up to twice. Not measured here.
     """
     if moe.transport != "auto":
         return moe.transport
+    platform, axis_size = Constrain(mesh).platform, mesh.shape["expert"]
     if platform in ("gpu", "cuda"):
         return "gather" if axis_size <= 2 * moe.top_k else "ragged"
-    return "ragged" if platform == "tpu" else "padded"
+    if lacks_ragged(mesh):
+        return "padded" if platform == "cpu" else "gather"
+    return "ragged"
+
+
+def lacks_ragged(mesh: Mesh) -> str:
+    """Which devices they are, if XLA has no all-to-all of unequal parts for the mesh's; else nothing."""
+    devices = list(mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return "CPU"
+    chip = of_device(devices[0])
+    in_slice = max(collections.Counter(getattr(device, "slice_index", 0) for device in devices).values())
+    # libtpu 0.0.42.1: "not supported in limited ICI routing settings", of v5e:4x8, 8x8, 8x16 and 16x16, not of 4x4.
+    return "a v5e slice of more than 16 chips" if chip and chip.name == "v5e" and in_slice > 16 else ""
 
 
 def check_platform(moe: MoESpec | None, mesh: Mesh) -> None:
@@ -175,8 +198,10 @@ def check_platform(moe: MoESpec | None, mesh: Mesh) -> None:
             f"model.moe.grouped_matmul = {moe.grouped_matmul!r} runs on {runs_on[0].upper()}, and these devices are "
             f"{platform.upper()}; 'auto' chooses by device"
         )
-    if moe.transport == "ragged" and platform == "cpu" and axis_size > 1:
-        raise ValueError("model.moe.transport = 'ragged': XLA has it on TPU and GPU; on CPU take 'padded' or 'auto'")
+    if moe.transport == "ragged" and axis_size > 1 and (lacking := lacks_ragged(mesh)):
+        raise ValueError(
+            f"model.moe.transport = 'ragged': XLA has none for {lacking}; take 'padded', 'gather' or 'auto'"
+        )
     if moe.grouped_matmul in ("auto", "tokamax") and platform in ("gpu", "cuda"):
         grouped_kernels.import_tokamax()  # which says what to install
 

@@ -1,6 +1,7 @@
 """The router's own corners; what it computes is tested with the whole layer in test_moe.py."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from packed_rows import packed_batch
 from test_moe import config
 
 from nmm_jax.models import build, decoder
-from nmm_jax.models.moe import check_platform
+from nmm_jax.models.moe import check_platform, choose_transport
 from nmm_jax.models.router import load_imbalance, may_choose, route
 from nmm_jax.models.spec import MoESpec, Spec
 from nmm_jax.parallel.mesh import mesh_of
@@ -75,7 +76,7 @@ def test_load_imbalance_is_relative_to_the_group():
     [
         (spec(experts=4, grouped_matmul="megablox"), {}, "'megablox' runs on TPU, and these devices are CPU"),
         (spec(experts=4, grouped_matmul="tokamax"), {}, "'tokamax' runs on GPU, and these devices are CPU"),
-        (spec(experts=4, transport="ragged"), {"expert": 2}, "'ragged': XLA has it on TPU and GPU"),
+        (spec(experts=4, transport="ragged"), {"expert": 2}, "'ragged': XLA has none for CPU"),
         (None, {"expert": 2}, "mesh.expert = 2 and the model has no experts"),
     ],
 )
@@ -84,6 +85,27 @@ def test_what_the_devices_do_not_have(moe, sizes, message):
     mesh = dataclasses.make_dataclass("Mesh", ["shape", "devices"])(dict(mesh.shape) | sizes, mesh.devices)
     with pytest.raises(ValueError, match=message):
         check_platform(moe, mesh)
+
+
+@pytest.mark.parametrize(
+    "kind, count, slices, transport",
+    [
+        ("TPU v5 lite", 16, 1, "ragged"),
+        ("TPU v5 lite", 32, 1, "gather"),  # which libtpu has no ragged all-to-all for
+        ("TPU v5 lite", 32, 2, "ragged"),
+        ("TPU v5", 128, 1, "ragged"),
+        ("TPU v6 lite", 256, 1, "ragged"),
+    ],
+)
+def test_how_tokens_travel_on_tpus(kind, count, slices, transport):
+    devices = np.empty(count, object)
+    for i in range(count):
+        devices[i] = types.SimpleNamespace(platform="tpu", device_kind=kind, slice_index=i * slices // count)
+    mesh = types.SimpleNamespace(shape={"expert": 8}, devices=devices)
+    assert choose_transport(spec(experts=8), mesh) == transport
+    if transport == "gather":
+        with pytest.raises(ValueError, match="'ragged': XLA has none for a v5e slice of more than 16 chips"):
+            check_platform(spec(experts=8, transport="ragged"), mesh)
 
 
 def test_a_width_that_does_not_divide():
