@@ -49,7 +49,7 @@ _CONFIGS = flags.DEFINE_list("configs", None, "config files with their arguments
 _SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE, of all of the configs")
 _RIVALS = flags.DEFINE_list("rivals", None, "of eager, compiled; unless given, eager on CPU and compiled elsewhere")
 _FUSION = flags.DEFINE_bool("fusion", False, "early against late fusion")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "steps of each, after those that are compared", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "steps of each, after those that are compared", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 
 OURS = "nmm_jax"

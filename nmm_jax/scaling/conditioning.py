@@ -5,9 +5,9 @@ linear there and all residuals alike; those of resampled runs, where there are a
 And the starts that came to the same objective should have come to the same parameters.
 
 A parameter is named where its standard error is more than a factor of e (those fitted as logs) or half its value
-(exponents); its partners are those that the Jacobian ties to it. That an A goes with its alpha is so in every table
-(log N is near 20, far from 0) and is no defect: A/N^alpha is known where the runs are. So nothing is said of
-correlations or condition numbers alone.
+(exponents), or where starts differ in it by more than that or than the error; its partners are those that the Jacobian
+ties to it. That an A goes with its alpha is so in every table (log N is near 20, far from 0) and is no defect:
+A/N^alpha is known where the runs are. So nothing is said of correlations or condition numbers alone.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ class Conditioning:
 
     Attributes:
       condition_number: of the Jacobian of log L, its columns scaled to length one.
-      standard_errors: of the fitted parameters (of logs where they are positive); inf of a singular Jacobian.
+      standard_errors: of the fitted parameters (of logs where they are positive); inf of one that changes no run's
+        loss, and of all where the Jacobian of the others is singular.
       correlations: [p, p].
       undetermined: names.
       warnings: in words.
@@ -60,17 +61,21 @@ def condition(fit: Fit, draws: Float[np.ndarray, "count p"] | None = None) -> Co
         errors = np.diff(np.quantile(draws, (0.05, 0.95), axis=0), axis=0)[0] / _OF_PERCENTILES
     bounds = limits(law, fit.fitted)
     loose = ~(errors <= bounds)
+    far = np.ptp(fit.ends[fit.agreed], axis=0) > np.minimum(errors, bounds)
     warnings = [
         f"{name} is {fit.values[name]:.3g}: by this law more of {of} makes the loss no less"
         for name, of in (("alpha", "N"), ("beta", "D"))
         if fit.values.get(name, 1.0) <= 0
     ]
-    warnings += _of_jacobian(fit, number, errors, correlations, loose) + _of_starts(fit, errors, bounds)
+    warnings += _of_jacobian(fit, number, errors, correlations, loose)
+    if far.any():
+        count, names = fit.agreed.sum(), _names(law, far)
+        warnings.append(f"{count} starts came to the same objective with different {names}: any of them fits as well")
     return Conditioning(
         number,
         dict(zip(law.parameters, map(float, errors), strict=True)),
         correlations,
-        tuple(name for name, is_loose in zip(law.parameters, loose, strict=True) if is_loose),
+        tuple(name for name, is_named in zip(law.parameters, loose | far, strict=True) if is_named),
         tuple(warnings),
     )
 
@@ -88,8 +93,13 @@ def spread(
     """Condition number, standard errors and correlations of a linear regression with residuals of that scale."""
     lengths = np.linalg.norm(slopes, axis=0)
     p = slopes.shape[1]
-    if not np.all(lengths > 0) or not np.all(np.isfinite(slopes)):
+    if not np.all(np.isfinite(slopes)) or not lengths.any():
         return np.inf, np.full(p, np.inf), np.eye(p)
+    if not lengths.all():  # some change nothing: the others are as well known as without them
+        there = lengths > 0
+        errors, correlations = np.full(p, np.inf), np.eye(p)
+        _, errors[there], correlations[np.ix_(there, there)] = spread(slopes[:, there], scale)
+        return np.inf, errors, correlations
     u, singular, v = np.linalg.svd(slopes / lengths, full_matrices=False)
     number = singular[0] / singular[-1] if singular[-1] > 0 else np.inf
     if number > _SINGULAR:
@@ -101,12 +111,16 @@ def spread(
 
 def _of_jacobian(fit: Fit, number: float, errors: np.ndarray, correlations: np.ndarray, loose: np.ndarray) -> list[str]:
     law = fit.law
-    if not np.isfinite(errors).all():
+    unknown = ~np.isfinite(errors)
+    if unknown.all():
         return [
             f"the runs do not determine all of {', '.join(law.parameters)}: the Jacobian is singular (condition number "
             f"{number:.1e})"
         ]
-    told, named = [], set()
+    told: list[str] = []
+    named = set(map(int, np.flatnonzero(unknown)))
+    if unknown.any():
+        told.append(f"the runs do not determine {_names(law, unknown)}: no run's loss depends on it")
     for i in np.argsort(-errors * loose):
         if not loose[i] or i in named:
             continue
@@ -122,16 +136,8 @@ def _of_jacobian(fit: Fit, number: float, errors: np.ndarray, correlations: np.n
     return told
 
 
-def _of_starts(fit: Fit, errors: np.ndarray, bounds: np.ndarray) -> list[str]:
-    """Starts with one objective and other parameters."""
-    ends = fit.ends[fit.agreed]
-    far = np.ptp(ends, axis=0) > np.minimum(errors, bounds)
-    if not far.any():
-        return []
-    names = [name for name, is_far in zip(fit.law.parameters, far, strict=True) if is_far]
-    return [
-        f"{len(ends)} starts came to the same objective with different {', '.join(names)}: any of them fits as well"
-    ]
+def _names(law: Law, chosen: np.ndarray) -> str:
+    return ", ".join(name for name, is_chosen in zip(law.parameters, chosen, strict=True) if is_chosen)
 
 
 def diverged(fit: Fit) -> dict[int, str]:
