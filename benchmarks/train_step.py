@@ -14,7 +14,7 @@ ends with the loss on the host.
                  chip's peak; on CPU over the rate of a product of two 2048 x 2048 matrices, timed in the same turns
     forward, backward, optimizer    shares of the step; ours from a profile, recomputation with the backward pass.
                  Below the table and in the JSON ours by part of the model too, as nmm_jax.profile has them
-    host         until the call of a step returns, the batch's way to the devices included
+    host         until the call of a step returns, the batch's way to the devices included; on CPU that is the step
     memory       highest, of the device's allocator; on CPU of the process, libraries left out
     compile      ours ahead of time; PyTorch's is what its first step takes longer
 
