@@ -1,5 +1,6 @@
 """What builds batches, each an object for a process of its own (rivals.py)."""
 
+import abc
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +13,15 @@ from configs import loading
 SETTLE = 2  # times the batches that are kept ready, before which a loader's speed is that of its buffer
 
 
-class Loader:
+class Loader(abc.ABC):
     """`measure` counts what comes out once the buffers are as full as they will be."""
 
     def __init__(self, config: str):
         self.config = loading.from_json(config)
 
+    @abc.abstractmethod
     def begin(self, workers: int) -> tuple[Iterator[Mapping[str, Any]], Callable[[], None]]:
         """Batches from the first one on, and what ends their threads or processes."""
-        raise NotImplementedError
 
     def measure(self, batches: int, workers: int) -> dict[str, float]:
         """Of so many batches: seconds, those of this process's cores, rows, real positions, images."""

@@ -6,8 +6,8 @@ sorted by expert again, and within an expert by where it came from, so nothing i
     device 0 sends   [e0 e0 | e1 | e2 | e3 e3]        device 0 (e0, e1) receives   [e0 e0 e0'| e1 e1'e1']
     device 1 sends   [e0'| e1'e1'| e3']               device 1 (e2, e3) receives   [e2 | e3 e3 e3']
 
-Called inside shard_map. `ragged` is XLA's own all-to-all of unequal parts (TPU); `padded` gives the same rows by an
-all-to-all of equal parts that are long enough for all (any backend).
+Called inside shard_map. `ragged` is XLA's own all-to-all of unequal parts, which not all devices have
+(models/moe.lacks_ragged); `padded` gives the same rows by an all-to-all of equal parts that are long enough for all.
 """
 
 from functools import partial
