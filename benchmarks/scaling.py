@@ -45,8 +45,10 @@ from nmm_jax.scaling.counting import count
 _AXES = flags.DEFINE_list("axes", ["rows", "length", "experts", "devices", "images"], "which of them")
 _SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE, of all configs")
 _TORCH = flags.DEFINE_bool("torch", True, "beside PyTorch, where it is installed")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "steps of each, after two that are not counted", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each, of three steps, after one not counted", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+
+STEPS = 3  # of a turn, one after the other as in training
 
 # Sizes at which a step takes a tenth of a second or so.
 _CPU = {"model.depth": 2, "model.vocab_size": 1024, "row_length": 256}
@@ -98,8 +100,8 @@ class Maker:
         ours, theirs = self._steps(config, batches, devices, self._with_torch and not devices)
         positions, _, _ = needed = needs(batches)
         flops = count(config).training_flops(*needed)
-        other = theirs and Timed(lambda: theirs("step"))
-        return Point(value, Timed(lambda: ours("step")), other, positions, flops)
+        other = theirs and Timed(lambda: theirs("step"), runs=STEPS)
+        return Point(value, Timed(lambda: ours("step"), runs=STEPS), other, positions, flops)
 
     def images(self, config: ConfigDict) -> Iterator[Point]:
         """Of one compiled step, on batches of which an eighth, a quarter, half and all of the slots are filled."""
@@ -114,7 +116,8 @@ class Maker:
         for number, images in enumerate(filled):
             positions, pairs, _ = needs([batch])
             flops = count(config).training_flops(positions, pairs, images)
-            yield Point(images, Timed(lambda number=number: step("step", number)), None, positions, flops)
+            timed = Timed(lambda number=number: step("step", number), runs=STEPS)
+            yield Point(images, timed, None, positions, flops)
 
     def _steps(
         self, config: ConfigDict, batches: list[dict[str, np.ndarray]], devices: int, with_torch: bool

@@ -1,8 +1,9 @@
 """What the benchmarks share: timing in turns, and what a record says of where its numbers come from.
 
-All ways are timed in turns, one run of each a round, with a pause between (threads of one library that still wait for
-work take time from the next). So a machine that others use too, or that grows warm, slows all of them; what is compared
-are ratios within a round.
+All ways are timed in turns, each once a round, with a pause between (threads of one library that still wait for work
+take time from the next). So a machine that others use too, or that grows warm, slows all of them; what is compared are
+ratios within a round. A turn is one run, or several that follow one another, as steps of training do: the first after
+a pause finds caches that others have filled.
 """
 
 import dataclasses
@@ -21,15 +22,16 @@ from typing import Any
 
 import jax
 
-PAUSE, ONCE = 0.25, 5.0  # seconds: between runs, and beyond which one run has to do
+PAUSE, ONCE = 0.25, 5.0  # seconds: between turns, and beyond which one turn has to do
 
 
 @dataclasses.dataclass(eq=False)
 class Timed:
-    """Something to run, and how long it took each time."""
+    """Something to run, and how long it took in each turn."""
 
     run: Callable[[], Any]  # once, until it is done
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of one run, where a turn has more the mean
+    runs: int = 1  # of a turn
 
     @property
     def median(self) -> float:
@@ -37,7 +39,7 @@ class Timed:
 
 
 def in_turns(ways: Iterable[Timed], rounds: int) -> None:
-    """Runs each once a round, in `rounds` rounds after one that is not counted; what takes more than ONCE s, once."""
+    """Each has a turn a round, in `rounds` rounds after one that is not counted; what takes more than ONCE s, once."""
     ways, slow = list(ways), set()
     for n in range(rounds + 1):
         for way in ways:
@@ -45,8 +47,9 @@ def in_turns(ways: Iterable[Timed], rounds: int) -> None:
                 continue
             time.sleep(PAUSE)
             begin = time.perf_counter()
-            way.run()
-            seconds = time.perf_counter() - begin
+            for _ in range(way.runs):
+                way.run()
+            seconds = (time.perf_counter() - begin) / way.runs
             if n == 0 and seconds > ONCE:
                 slow.add(way)
             if n or way in slow:

@@ -6,8 +6,8 @@
 
 Each library has a process of its own (benchmarks/rivals.py), the same weights and the same packed rows of the 45/45/10
 mixture, of the config's data.root if there is data, else of a generated corpus (benchmarks/corpus.py). Losses of the
-first steps, updates included, are equal to 1e-4 (float32) before anything is timed. A step begins with NumPy arrays and
-ends with the loss on the host.
+first steps, updates included, are equal to 1e-4 (float32) before anything is timed. Five steps, one after the other as
+in training, are a turn. A step begins with NumPy arrays and ends with the loss on the host.
 
     x PyTorch    how many times as fast as PyTorch, its faster form; median over rounds in turns
     MFU          FLOPs that the model needs, of attention those of its mask (nmm_jax/scaling/counting.py), over the
@@ -49,10 +49,11 @@ _CONFIGS = flags.DEFINE_list("configs", None, "config files with their arguments
 _SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE, of all of the configs")
 _RIVALS = flags.DEFINE_list("rivals", None, "of eager, compiled; unless given, eager on CPU and compiled elsewhere")
 _FUSION = flags.DEFINE_bool("fusion", False, "early against late fusion")
-_ROUNDS = flags.DEFINE_integer("rounds", 21, "steps of each, after those that are compared", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "turns of each, of five steps, after those compared", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 
 OURS = "nmm_jax"
+STEPS = 5  # of a turn
 MATRIX = 2048
 BATCHES = 4
 
@@ -161,7 +162,7 @@ def compare(way: str, rival: Rival, expected: list[float], config: ConfigDict) -
 
 def run(rivals: dict[str, Rival], product: Timed | None = None) -> dict[str, Way]:
     memory = {way: rival("peak_memory") for way, rival in rivals.items()}
-    timed = {way: Timed(lambda rival=rival: rival("step")) for way, rival in rivals.items()}
+    timed = {way: Timed(lambda rival=rival: rival("step"), runs=STEPS) for way, rival in rivals.items()}
     in_turns([*timed.values(), *([product] if product else [])], _ROUNDS.value)
     return {
         way: Way(timed[way], {"peak_gigabytes": memory[way] / 1e9, **rival("facts"), **rival("parts")})
@@ -213,7 +214,7 @@ def main(_):
     for what, why in missing.items():
         print(f"not measured here: {what}: {why}")
     if _OUTPUT.value:
-        record = {"rounds": _ROUNDS.value, "ways": rows, "not_measured": missing}
+        record = {"rounds": _ROUNDS.value, "steps_a_turn": STEPS, "ways": rows, "not_measured": missing}
         write(_OUTPUT.value, record | origin(("jax", "jaxlib", "torch", "transformers")))
 
 

@@ -17,8 +17,8 @@ from nmm_jax.models import grouped_kernels
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
 # Rows that are multiplied at a time in the "blocks" form. Measured on one core, product and both gradients of 8,192
-# rows of 256 to 704, as a multiple of one dense product: 8 groups 1.17, 64 groups 1.58; with blocks of 32 1.27 and
-# 1.67, of 64 1.13 and 1.65, of 80 1.10 and 1.60.
+# rows of 256 to 704, as a multiple of one dense product: 8 groups 1.13, 64 groups 1.39; with blocks of 32 1.24 and
+# 1.43, of 64 1.09 and 1.43, of 80 1.09 and 1.40.
 BLOCK = 48
 
 
@@ -50,7 +50,7 @@ def grouped_matmul(
 
 @jax.custom_vjp
 def _blocks(x, w, sizes):
-    """A loop over blocks of rows, as many as the groups fill: each one plain product with one group's matrix."""
+    """A loop over groups, and in it one over blocks of the group's rows: each one plain product with its matrix."""
     return _product(x, w, sizes, transposed=False)
 
 
@@ -69,47 +69,57 @@ _blocks.defvjp(_forward, _backward)
 def _product(x, w, sizes, *, transposed):
     """[N,K] x [G,K,M] -> [N,M], or [N,M] -> [N,K] with the matrices transposed."""
     contracted = 1 if transposed else 0
-    block, visits, blocks = _visits(sizes, x.shape[0])
 
-    def visit(i, out):
-        start, group, own = visits(i)
-        rows = jax.lax.dynamic_slice_in_dim(x, start, block)
-        matrix = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
-        product = jax.lax.dot_general(rows, matrix, (((1,), (contracted,)), ((), ())))
-        before = jax.lax.dynamic_slice_in_dim(out, start, block)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, before), start, 0)
+    def group(out, own):
+        matrix, begin, end = own
 
-    return jax.lax.fori_loop(0, blocks, visit, jnp.zeros((x.shape[0], w.shape[2 - contracted]), x.dtype))
+        def visit(start, inside, out):
+            rows = _rows(x, start, inside)
+            product = jax.lax.dot_general(rows, matrix, (((1,), (contracted,)), ((), ())))
+            kept = jnp.where(inside, product, _rows(out, start, inside))
+            return jax.lax.dynamic_update_slice_in_dim(out, kept, start, 0)
+
+        return _over_blocks(visit, out, begin, end, len(x)), None
+
+    ends = jnp.cumsum(sizes)
+    out = jnp.zeros((len(x), w.shape[2 - contracted]), x.dtype)
+    return jax.lax.scan(group, out, (w, ends - sizes, ends))[0]
 
 
 def _weight_gradient(x, dy, w, sizes):
-    """[N,K], [N,M] -> [G,K,M]: the sum over each group's rows of the outer products."""
-    block, visits, blocks = _visits(sizes, x.shape[0])
+    """[N,K], [N,M] -> [G,K,M]: the sum over each group's rows of the outer products, in float32."""
 
-    def visit(i, dw):
-        start, group, own = visits(i)
-        rows, cotangents = (jnp.where(own, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x, dy))
-        outer = jax.lax.dot_general(rows, cotangents, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        so_far = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, so_far + outer, group, 0)
+    def group(_, own):
+        begin, end = own
 
-    return jax.lax.fori_loop(0, blocks, visit, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)
+        def visit(start, inside, so_far):
+            rows, cotangents = (jnp.where(inside, _rows(a, start, inside), 0) for a in (x, dy))
+            return so_far + jax.lax.dot_general(
+                rows, cotangents, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
 
+        total = _over_blocks(visit, jnp.zeros(w.shape[1:], jnp.float32), begin, end, len(x))
+        return None, total.astype(w.dtype)
 
-def _visits(sizes, rows):
-    """Rows of a block; a function of the visit's number: its first row, its group, its rows that are the group's;
-    and how many visits there are."""
-    block = min(BLOCK, rows)
     ends = jnp.cumsum(sizes)
-    count = -(-sizes // block)
-    last = jnp.cumsum(count)
-    i = jnp.arange(rows // block + len(sizes))  # as many as there can be
-    groups = jnp.minimum(jnp.searchsorted(last, i, side="right"), len(sizes) - 1)
-    wanted = (ends - sizes)[groups] + (i - (last - count)[groups]) * block
-    starts = jnp.clip(wanted, 0, rows - block)  # a block at the end of all rows begins earlier
+    return jax.lax.scan(group, None, (ends - sizes, ends))[1]
 
-    def visit(i):
-        own = starts[i] + jnp.arange(block)
-        return starts[i], groups[i], ((own >= wanted[i]) & (own < ends[groups[i]]))[:, None]
 
-    return block, visit, last[-1]
+def _over_blocks(visit, carry, begin, end, rows):
+    """carry = visit(start, inside, carry) for each block of a group's rows, those from begin to end.
+
+    start: the block's first row. inside: bool [block,1], which of its rows are the group's and in no block before.
+    """
+    block = min(BLOCK, rows)
+
+    def body(i, carry):
+        wanted = begin + i * block
+        start = jnp.minimum(wanted, rows - block)  # a block at the end of all rows begins earlier
+        at = start + jnp.arange(block)
+        return visit(start, ((at >= wanted) & (at < end))[:, None], carry)
+
+    return jax.lax.fori_loop(0, -(-(end - begin) // block), body, carry)
+
+
+def _rows(x, start, inside):
+    return jax.lax.dynamic_slice_in_dim(x, start, len(inside))

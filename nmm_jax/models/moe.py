@@ -251,4 +251,6 @@ def _feed_forward(
 
 
 def _combine(found: Float[Array, "T k D"], gates: Float[Array, "T k"]) -> Float[Array, "T D"]:
-    return (found.astype(jnp.float32) * gates[..., None]).sum(1).astype(found.dtype)
+    # Term by term: XLA:CPU's sum over an axis of few choices is slow, and more so its gradient.
+    first, *others = (found[:, i].astype(jnp.float32) * gates[:, i, None] for i in range(gates.shape[1]))
+    return sum(others, first).astype(found.dtype)

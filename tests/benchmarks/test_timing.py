@@ -13,14 +13,14 @@ def runs(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
 
-    def make(name, *seconds):
+    def make(name, *seconds, runs=1):
         left = list(seconds)
 
         def run():
             order.append(name)
             now[0] += left.pop(0)
 
-        return Timed(run)
+        return Timed(run, runs=runs)
 
     return make, order
 
@@ -41,6 +41,14 @@ def test_what_takes_long_runs_once(runs):
     assert order == ["slow", "fast", "fast", "fast"]
     assert slow.seconds == pytest.approx([timing.ONCE + 1])
     assert ratio(slow, fast) == pytest.approx((timing.ONCE + 1) / 3)
+
+
+def test_a_turn_of_several_runs(runs):
+    make, order = runs
+    a, b = make("a", 2, 2, 1, 2, 3, 4, runs=2), make("b", 2, 5, 4)
+    in_turns([a, b], 2)
+    assert order == ["a", "a", "b"] * 3
+    assert a.seconds == pytest.approx([1.5, 3.5]) and b.seconds == pytest.approx([5, 4])
 
 
 def test_a_record_says_where_its_numbers_come_from():

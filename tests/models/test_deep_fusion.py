@@ -266,7 +266,9 @@ def test_flops_are_the_dense_blocks(text_is_frozen):
         is_weight_gradient = product.contracted == grouped_matmul.BLOCK  # a sum over the rows of a block
         assert is_weight_gradient or product.shapes[0][0] == grouped_matmul.BLOCK
         groups = ["image"] if text_is_frozen and is_weight_gradient else list(sizes)
-        return sum(-(-sizes[g] // grouped_matmul.BLOCK) for g in groups)
+        blocks = {-(-sizes[g] // grouped_matmul.BLOCK) for g in groups}
+        assert len(blocks) == 1, "of all groups as many: the loop over blocks is inside the one over groups"
+        return blocks.pop()
 
     dense = flops(program())
     assert dense == 3 * 2 * tokens * (4 * width**2 + 3 * width * ffn)

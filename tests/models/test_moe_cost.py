@@ -4,6 +4,7 @@ Counted in the program's text (compilation/products.py), which XLA's ragged_dot 
 """
 
 import json
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +56,13 @@ def visits(sizes, block):
 
 
 def trips_of(sizes):
-    """How often the loops of the grouped products run: their number of blocks depends on the sizes of the groups."""
+    """How often the loops over a group's blocks run, on average: their number depends on the sizes of the groups."""
 
     def trips(program, loop):
         (product,) = products_in(program, loop.attribute("body"))
         rows = product.shapes[0][0]
         assert rows == grouped_matmul.BLOCK, product
-        return visits(sizes, rows)
+        return Fraction(visits(sizes, rows), len(sizes))
 
     return trips
 
@@ -76,7 +77,7 @@ def test_one_expert_of_many_costs_what_the_dense_layer_does(experts):
     modality = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
     text = compiled_gradient(lambda: MoE(spec_of(experts), 0, rngs=nnx.Rngs(0)), modality)
     sizes = even_sizes(experts)
-    counted = flops(text, trips_of(sizes))
+    counted = int(flops(text, trips_of(sizes)))
     router = 3 * 2 * TOKENS * WIDTH * experts
     padding = counted - router - DENSE  # of the blocks' last rows
     shares = {"router": router / DENSE, "padding": padding / DENSE, "all": counted / DENSE}
