@@ -9,6 +9,7 @@ Roughly right is what it is meant to be: to rank meshes and to say what a step i
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from flax.traverse_util import flatten_dict
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from nmm_jax import models
 from nmm_jax.compilation import network
 from nmm_jax.compilation.collectives import Collective
-from nmm_jax.models.attention import KERNELS
+from nmm_jax.models import attention
 from nmm_jax.parallel.chips import Chip
 from nmm_jax.parallel.sharding import RULES
 from nmm_jax.scaling import counting
@@ -143,18 +144,20 @@ def work(config: ConfigDict, sizes: Mapping[str, int], platform: str) -> Work:
 def _by_kernels(config: ConfigDict, platform: str) -> bool:
     """Whether attention runs in kernels, whose backward pass computes scores twice: for dq, and for dk and dv."""
     implementation = config.model.attention
-    return implementation in KERNELS or (
-        implementation == "auto" and any(platform in runs for runs in KERNELS.values())
+    return implementation in attention.KERNELS or (
+        implementation == "auto" and any(platform in runs for runs in attention.KERNELS.values())
     )
 
 
 def _keys_visited(config: ConfigDict, platform: str) -> float:
-    """A query's, in a row that is one causal document: all; with kernels those up to the block of the diagonal."""
-    length = config.row_length
-    if not _by_kernels(config, platform):
+    """A query's, in a row that is one causal document: up to its block's end; without kernels a window of them."""
+    length, implementation = config.row_length, config.model.attention
+    if _by_kernels(config, platform):
+        return (length + min(length, KERNEL_BLOCK)) / 2
+    if implementation == "reference":
         return length
-    block = min(length, KERNEL_BLOCK)
-    return (length + block) / 2
+    widths, ends = attention.window_widths(length), range(attention.BLOCK, length + attention.BLOCK, attention.BLOCK)
+    return statistics.mean(min(width for width in widths if width >= min(end, length)) for end in ends)
 
 
 def _cuts(axes: Sequence[str | None], sizes: Mapping[str, int]) -> int:
@@ -223,7 +226,7 @@ def _assumptions(chip: Chip, transfers: Sequence[Transfer], efficiency: float) -
         f"products reach {efficiency:g} of the peak, {chip.peak_flops / 1e12:g} TFLOP/s of a device",
         "rows are full, one causal document each, half of it images; router loads are even",
         f"attention's kernels visit blocks of {KERNEL_BLOCK} keys up to each query's own, and compute the scores twice "
-        "more for the gradients; without kernels, the scores of all keys once more",
+        "more for the gradients; without kernels, windows of keys that hold those, and the scores once more",
         f"HBM moves {per_second(chip.memory_bandwidth)}; products read their factors and write their result once, "
         "and what is between them is fused",
         f"{chip.links or 'unknown'} links of {per_second(chip.link_bandwidth)} in one direction"

@@ -14,7 +14,7 @@ query is without a key. `attention` is the one place that picks an implementatio
 only the interval of each query, `first` <= key < `until`, and go through the blocks of keys that some interval reaches:
 
     reference   all scores of a row at once, at least float32; what the others are tested against     anywhere
-    blocked     the scores of BLOCK queries at a time and all keys                                     anywhere
+    blocked     the scores of BLOCK queries at a time and of a window of keys that holds their intervals  anywhere
     splash      models/attention_tpu.py                                                                TPU
     triton      models/attention_gpu.py                                                                NVIDIA GPU
 """
@@ -35,8 +35,9 @@ from nmm_jax.parallel.sharding import ON_ONE_DEVICE, Constrain
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "triton")
 KERNELS = {"splash": ("tpu",), "triton": ("gpu", "cuda")}  # and the platforms that run them
 
-# Queries whose scores exist at a time in the blocked form. On CPU (2 cores, S=1024) blocks of 64, 128, 256 and 512 took
-# 0.54, 0.54, 0.46 and 0.49 s forward and backward; all at once 0.36 s, in memory that grows with the square of S.
+# Queries whose scores exist at a time in the blocked form. On CPU (2 cores, 4 heads of 64, rows of the 45/45/10
+# mixture, both passes) blocks of 64, 128, 256, 512 and all took 0.53, 0.37, 0.32, 0.47 and 0.32 s at 8 x 1024, and
+# 1.48, 0.89, 0.77, 0.85 and 3.91 s at 1 x 8192.
 BLOCK = 256
 
 # What model.remat = "minimal" keeps by this name (models/decoder.py): the output, and what else a kernel's backward
@@ -181,18 +182,88 @@ def _reference(q, k, v, segment_ids, attend_until):
 
 
 def _blocked(q, k, v, segment_ids, attend_until):
-    b, s, heads, head_dim = q.shape
-    if s <= BLOCK:  # all of it is one block, whose scores need not be made again for the backward pass
+    if q.shape[1] <= BLOCK:  # all of it is one block, whose scores need not be made again for the backward pass
         return masked_attention(q, k, v, visible(segment_ids, attend_until, segment_ids))
-    block = BLOCK
-    padding = -s % block  # queries that see nothing, cut off again
-    queries = [jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (q, segment_ids, attend_until)]
-    blocks = [jnp.moveaxis(x.reshape(b, -1, block, *x.shape[2:]), 1, 0) for x in queries]
+    return _by_blocks(q, k, v, *intervals(segment_ids, attend_until))
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def attend(carry, query_block):
-        q_block, segments, until = query_block
-        return carry, masked_attention(q_block, k, v, visible(segments, until, segment_ids))
 
-    _, out = jax.lax.scan(attend, None, tuple(blocks))
-    return jnp.moveaxis(out, 0, 1).reshape(b, s + padding, heads, head_dim)[:, :s]
+@jax.custom_vjp
+def _by_blocks(q, k, v, first, until):
+    widths, windows = _windows(first, until)
+    branches = [partial(_attend_window, width) for width in widths]
+
+    def attend(_, own):
+        (which, start), *queries = own
+        return None, jax.lax.switch(which, branches, start, k, v, *queries)
+
+    out = jax.lax.scan(attend, None, (windows, *_in_blocks(q, first, until)))[1]
+    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
+
+
+def _by_blocks_forward(*arguments):
+    return _by_blocks(*arguments), arguments
+
+
+def _by_blocks_backward(saved, d_out):
+    """Block by block; scores are made again, and each adds to the gradients of its window's keys and values."""
+    q, k, v, first, until = saved
+    widths, windows = _windows(first, until)
+
+    def of_window(width, start, d_out, q, first, until, d_k, d_v):
+        attend = lambda q, k, v: _attend_window(width, 0, k, v, q, first - start, until - start)  # noqa: E731
+        here = [jax.lax.dynamic_slice_in_dim(x, start, width, 1) for x in (k, v, d_k, d_v)]
+        d_q, *more = jax.vjp(attend, q, *here[:2])[1](d_out)
+        sums = (so_far + x.astype(so_far.dtype) for so_far, x in zip(here[2:], more, strict=True))
+        return d_q, *map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1), (d_k, d_v), sums)
+
+    branches = [partial(of_window, width) for width in widths]
+
+    def attend(so_far, own):
+        (which, start), *queries = own
+        d_q, *so_far = jax.lax.switch(which, branches, start, *queries, *so_far)
+        return so_far, d_q
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
+    (d_k, d_v), d_q = jax.lax.scan(attend, zeros, (windows, *_in_blocks(d_out, q, first, until)))
+    d_q = jnp.moveaxis(d_q, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
+
+
+def _in_blocks(*arrays: Array) -> list[Array]:
+    """[B,S,...] as [S / BLOCK, B, BLOCK, ...]; queries that fill the last one are 0 and see nothing: 0 <= key < 0."""
+    padding = -arrays[0].shape[1] % BLOCK
+    padded = (jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
+    return [jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0) for x in padded]
+
+
+def window_widths(length: int) -> list[int]:
+    """Of the windows of keys that "blocked" has for a block of queries: 1, 2, 3, 4, 6, 8, 12, ... blocks, and all."""
+    blocks = -(-length // BLOCK)
+    widths = {w * BLOCK for i in range(blocks.bit_length()) for w in (2**i, 3 * 2**i // 2) if w < blocks}
+    return [*sorted(widths), length]
+
+
+def _windows(
+    first: Int[Array, "B S"], until: Int[Array, "B S"]
+) -> tuple[list[int], tuple[Int[Array, "S/BLOCK"], Int[Array, "S/BLOCK"]]]:
+    """Widths that there are; and of each block of queries which it takes, and where that window of keys begins.
+
+    It holds all that some row's queries see.
+    """
+    length = first.shape[1]
+    widths = window_widths(length)
+    padding = ((0, 0), (0, -length % BLOCK))
+    low = jnp.pad(first, padding, constant_values=length).reshape(len(first), -1, BLOCK).min((0, 2))
+    high = jnp.pad(until, padding).reshape(len(until), -1, BLOCK).max((0, 2))
+    which = jnp.searchsorted(jnp.array(widths), high - low).astype(jnp.int32)
+    return widths, (which, jnp.minimum(low, length - jnp.array(widths)[which]))
+
+
+def _attend_window(width, start, k, v, q, first, until):
+    """A block of queries over the keys from `start` on, so many."""
+    keys = start + jnp.arange(width)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, start, width, 1) for x in (k, v))
+    return masked_attention(q, k, v, (first[..., None] <= keys) & (keys < until[..., None]))

@@ -52,7 +52,7 @@ def case(request):
 
 @pytest.mark.parametrize("implementation", ["reference", "blocked", "auto"])
 def test_forward_and_gradients_equal_the_oracle(case, implementation, monkeypatch):
-    monkeypatch.setattr(attention_module, "BLOCK", 32)  # several blocks, the last of them padded
+    monkeypatch.setattr(attention_module, "BLOCK", 16)  # several blocks, the last of them padded, and windows
     qkv, mask, d_out, expected = case
 
     @jax.jit
@@ -62,6 +62,22 @@ def test_forward_and_gradients_equal_the_oracle(case, implementation, monkeypatc
 
     for found, want in zip(run(*qkv), expected, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_hold_what_queries_see(case, monkeypatch):
+    monkeypatch.setattr(attention_module, "BLOCK", 16)
+    _, mask, *_ = case
+    first, until = intervals(*mask)
+    widths, (which, start) = attention_module._windows(first, until)
+    assert widths == attention_module.window_widths(LENGTH) == [16, 32, 48, 64, LENGTH]
+    queries = [slice(begin, begin + 16) for begin in range(0, LENGTH, 16)]
+    width = np.array(widths)[which]
+    assert all((start >= 0) & (start + width <= LENGTH))
+    low = np.array([first[:, block].min() for block in queries])
+    high = np.array([until[:, block].max() for block in queries])
+    assert all(start <= low) and all(high <= start + width)
+    assert all(w == min(a for a in widths if a >= b) for w, b in zip(width, high - low, strict=True))
+    assert len(set(width.tolist())) >= 2
 
 
 def test_bfloat16_scores_are_accumulated_in_float32(case):
