@@ -156,8 +156,9 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
         own = needed + 6 * tokens * d * experts  # the router's
         executed = None
         if jax.default_backend() == "cpu":  # the "blocks" form: a group's last block is a whole one
+            rest = received % grouped_matmul.LARGE if tokens >= grouped_matmul.LARGE else received
             rows = min(grouped_matmul.BLOCK, tokens)
-            executed = own + needed * ((-(-received // rows) * rows).sum() / tokens - 1)
+            executed = own + needed * (received - rest + -(-rest // rows) * rows).sum() / tokens - needed
         made.append(Case("ours", experts, ours, own, executed))
         y, (_, dx) = ours()
         rivals = []

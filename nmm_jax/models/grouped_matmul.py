@@ -16,10 +16,11 @@ from nmm_jax.models import grouped_kernels
 
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
-# Rows that are multiplied at a time in the "blocks" form. Measured on one core, product and both gradients of 8,192
-# rows of 256 to 704, as a multiple of one dense product: 8 groups 1.13, 64 groups 1.39; with blocks of 32 1.24 and
-# 1.43, of 64 1.09 and 1.43, of 80 1.09 and 1.40.
-BLOCK = 48
+# Rows that are multiplied at a time in the "blocks" form: LARGE as long as a group has so many, which is what occupies
+# all cores, then BLOCK. Measured, product and both gradients of 8,192 rows of 256 to 704 as a multiple of one dense
+# product: on two cores 8 groups 1.09, 64 groups 1.76; without large blocks 1.32 and 1.72. On one core without them
+# blocks of 32, 48, 64, 80: 1.24 and 1.43, 1.13 and 1.39, 1.09 and 1.43, 1.09 and 1.40.
+LARGE, BLOCK = 256, 48
 
 
 def grouped_matmul(
@@ -110,15 +111,20 @@ def _over_blocks(visit, carry, begin, end, rows):
 
     start: the block's first row. inside: bool [block,1], which of its rows are the group's and in no block before.
     """
-    block = min(BLOCK, rows)
 
-    def body(i, carry):
-        wanted = begin + i * block
-        start = jnp.minimum(wanted, rows - block)  # a block at the end of all rows begins earlier
-        at = start + jnp.arange(block)
-        return visit(start, ((at >= wanted) & (at < end))[:, None], carry)
+    def blocks_of(size, begin, end, carry):
+        def body(i, carry):
+            wanted = begin + i * size
+            start = jnp.minimum(wanted, rows - size)  # a block at the end of all rows begins earlier
+            at = start + jnp.arange(size)
+            return visit(start, ((at >= wanted) & (at < end))[:, None], carry)
 
-    return jax.lax.fori_loop(0, -(-(end - begin) // block), body, carry)
+        return jax.lax.fori_loop(0, -(-(end - begin) // size), body, carry)
+
+    if rows >= LARGE:
+        last = begin + (end - begin) // LARGE * LARGE
+        carry, begin = blocks_of(LARGE, begin, last, carry), last
+    return blocks_of(min(BLOCK, rows), begin, end, carry)
 
 
 def _rows(x, start, inside):

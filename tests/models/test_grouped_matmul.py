@@ -46,6 +46,7 @@ def blocks():
     """Compiled once: sizes are no part of the shape."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", BLOCK)
+        patch.setattr(module, "LARGE", 2 * BLOCK)
         yield jax.jit(lambda *a: found(*a, lambda x, w, sizes: grouped_matmul(x, w, sizes, "blocks")))
 
 
@@ -88,7 +89,7 @@ def test_these_sizes(blocks, sizes):
     assert_all_close(blocks(x, w, np.array(sizes, np.int32), dy), expected(x, w, sizes, dy))
 
 
-@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (1, 4), (3, 1), (3, 2), (64, 3), (65, 3), (127, 5), (200, 64)])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (1, 4), (3, 1), (3, 2), (64, 3), (65, 3), (127, 5), (200, 64), (600, 3)])
 def test_fewer_rows_than_a_block_and_more_groups_than_blocks(rows, groups):
     x, w, dy = draw(rows, INPUTS, OUTPUTS, groups)
     sizes = np.random.default_rng(rows).multinomial(rows, np.ones(groups) / groups)
