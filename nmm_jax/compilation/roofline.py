@@ -150,13 +150,14 @@ def _by_kernels(config: ConfigDict, platform: str) -> bool:
 
 
 def _keys_visited(config: ConfigDict, platform: str) -> float:
-    """A query's, in a row that is one causal document: up to its block's end; without kernels a window of them."""
+    """A query's, in a row that is one causal document: to its block's end; without kernels all or a window of them."""
     length, implementation = config.row_length, config.model.attention
     if _by_kernels(config, platform):
         return (length + min(length, KERNEL_BLOCK)) / 2
     if implementation == "reference":
         return length
-    widths, ends = attention.window_widths(length), range(attention.BLOCK, length + attention.BLOCK, attention.BLOCK)
+    widths = attention.window_widths(length, platform)
+    ends = range(attention.BLOCK, length + attention.BLOCK, attention.BLOCK)
     return statistics.mean(min(width for width in widths if width >= min(end, length)) for end in ends)
 
 
@@ -226,7 +227,7 @@ def _assumptions(chip: Chip, transfers: Sequence[Transfer], efficiency: float) -
         f"products reach {efficiency:g} of the peak, {chip.peak_flops / 1e12:g} TFLOP/s of a device",
         "rows are full, one causal document each, half of it images; router loads are even",
         f"attention's kernels visit blocks of {KERNEL_BLOCK} keys up to each query's own, and compute the scores twice "
-        "more for the gradients; without kernels, windows of keys that hold those, and the scores once more",
+        "more for the gradients; without kernels, all keys (on CPU windows of them) and the scores once more",
         f"HBM moves {per_second(chip.memory_bandwidth)}; products read their factors and write their result once, "
         "and what is between them is fused",
         f"{chip.links or 'unknown'} links of {per_second(chip.link_bandwidth)} in one direction"

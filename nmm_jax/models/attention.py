@@ -14,13 +14,13 @@ query is without a key. `attention` is the one place that picks an implementatio
 only the interval of each query, `first` <= key < `until`, and go through the blocks of keys that some interval reaches:
 
     reference   all scores of a row at once, at least float32; what the others are tested against     anywhere
-    blocked     the scores of BLOCK queries at a time and of a window of keys that holds their intervals  anywhere
+    blocked     the scores of BLOCK queries at a time and all keys, on CPU a window that holds all they see    anywhere
     splash      models/attention_tpu.py                                                                TPU
     triton      models/attention_gpu.py                                                                NVIDIA GPU
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -70,7 +70,7 @@ def attention(
     if implementation == "reference":
         return checkpoint_name(_reference(q, k, v, segment_ids, attend_until), ATTENDED)
     if implementation == "blocked":
-        return checkpoint_name(_blocked(q, k, v, segment_ids, attend_until), ATTENDED)
+        return checkpoint_name(_blocked(q, k, v, segment_ids, attend_until, constrain.platform), ATTENDED)
     kernel = _kernel(implementation, constrain.platform, q.dtype)
     first, until = intervals(segment_ids, attend_until)
     mesh = constrain.mesh
@@ -181,15 +181,16 @@ def _reference(q, k, v, segment_ids, attend_until):
     return masked_attention(exact[0], exact[1], exact[2], mask, accumulate).astype(q.dtype)
 
 
-def _blocked(q, k, v, segment_ids, attend_until):
+def _blocked(q, k, v, segment_ids, attend_until, platform):
     if q.shape[1] <= BLOCK:  # all of it is one block, whose scores need not be made again for the backward pass
         return masked_attention(q, k, v, visible(segment_ids, attend_until, segment_ids))
-    return _by_blocks(q, k, v, *intervals(segment_ids, attend_until))
+    widths = window_widths(q.shape[1], platform)
+    return _by_blocks(tuple(widths), q, k, v, *intervals(segment_ids, attend_until))
 
 
-@jax.custom_vjp
-def _by_blocks(q, k, v, first, until):
-    widths, windows = _windows(first, until)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_blocks(widths, q, k, v, first, until):
+    windows = _windows(widths, first, until)
     branches = [partial(_attend_window, width) for width in widths]
 
     def attend(_, own):
@@ -200,14 +201,14 @@ def _by_blocks(q, k, v, first, until):
     return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
 
 
-def _by_blocks_forward(*arguments):
-    return _by_blocks(*arguments), arguments
+def _by_blocks_forward(widths, *arguments):
+    return _by_blocks(widths, *arguments), arguments
 
 
-def _by_blocks_backward(saved, d_out):
+def _by_blocks_backward(widths, saved, d_out):
     """Block by block; scores are made again, and each adds to the gradients of its window's keys and values."""
     q, k, v, first, until = saved
-    widths, windows = _windows(first, until)
+    windows = _windows(widths, first, until)
 
     def of_window(width, start, d_out, q, first, until, d_k, d_v):
         attend = lambda q, k, v: _attend_window(width, 0, k, v, q, first - start, until - start)  # noqa: E731
@@ -239,27 +240,30 @@ def _in_blocks(*arrays: Array) -> list[Array]:
     return [jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0) for x in padded]
 
 
-def window_widths(length: int) -> list[int]:
-    """Of the windows of keys that "blocked" has for a block of queries: 1, 2, 3, 4, 6, 8, 12, ... blocks, and all."""
-    blocks = -(-length // BLOCK)
+def window_widths(length: int, platform: str) -> list[int]:
+    """Of the windows of keys that "blocked" has for a block of queries.
+
+    On CPU 1, 2, 3, 4, 6, 8, 12, ... blocks, and all keys; elsewhere all: TPUs' compiler takes minutes for so many
+    branches, and no accelerator has timed them.
+    """
+    blocks = -(-length // BLOCK) if platform == "cpu" else 1
     widths = {w * BLOCK for i in range(blocks.bit_length()) for w in (2**i, 3 * 2**i // 2) if w < blocks}
     return [*sorted(widths), length]
 
 
 def _windows(
-    first: Int[Array, "B S"], until: Int[Array, "B S"]
-) -> tuple[list[int], tuple[Int[Array, "S/BLOCK"], Int[Array, "S/BLOCK"]]]:
-    """Widths that there are; and of each block of queries which it takes, and where that window of keys begins.
+    widths: Sequence[int], first: Int[Array, "B S"], until: Int[Array, "B S"]
+) -> tuple[Int[Array, "S/BLOCK"], Int[Array, "S/BLOCK"]]:
+    """Of each block of queries: which width its window of keys has, and where it begins.
 
     It holds all that some row's queries see.
     """
     length = first.shape[1]
-    widths = window_widths(length)
     padding = ((0, 0), (0, -length % BLOCK))
     low = jnp.pad(first, padding, constant_values=length).reshape(len(first), -1, BLOCK).min((0, 2))
     high = jnp.pad(until, padding).reshape(len(until), -1, BLOCK).max((0, 2))
     which = jnp.searchsorted(jnp.array(widths), high - low).astype(jnp.int32)
-    return widths, (which, jnp.minimum(low, length - jnp.array(widths)[which]))
+    return which, jnp.minimum(low, length - jnp.array(widths)[which])
 
 
 def _attend_window(width, start, k, v, q, first, until):

@@ -64,12 +64,21 @@ def test_forward_and_gradients_equal_the_oracle(case, implementation, monkeypatc
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
+def test_one_window_where_there_are_no_others(case, monkeypatch):
+    monkeypatch.setattr(attention_module, "BLOCK", 16)
+    qkv, mask, _, (expected, *_) = case
+    assert attention_module.window_widths(LENGTH, "gpu") == [LENGTH]
+    found = attention(*qkv, *mask, "blocked", on("gpu"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_windows_hold_what_queries_see(case, monkeypatch):
     monkeypatch.setattr(attention_module, "BLOCK", 16)
     _, mask, *_ = case
     first, until = intervals(*mask)
-    widths, (which, start) = attention_module._windows(first, until)
-    assert widths == attention_module.window_widths(LENGTH) == [16, 32, 48, 64, LENGTH]
+    widths = attention_module.window_widths(LENGTH, "cpu")
+    assert widths == [16, 32, 48, 64, LENGTH]
+    which, start = attention_module._windows(widths, first, until)
     queries = [slice(begin, begin + 16) for begin in range(0, LENGTH, 16)]
     width = np.array(widths)[which]
     assert all((start >= 0) & (start + width <= LENGTH))

@@ -89,7 +89,9 @@ def test_these_sizes(blocks, sizes):
     assert_all_close(blocks(x, w, np.array(sizes, np.int32), dy), expected(x, w, sizes, dy))
 
 
-@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (1, 4), (3, 1), (3, 2), (64, 3), (65, 3), (127, 5), (200, 64), (600, 3)])
+@pytest.mark.parametrize(
+    ("rows", "groups"), [(1, 1), (1, 4), (3, 1), (3, 2), (64, 3), (65, 3), (127, 5), (200, 64), (600, 3)]
+)
 def test_fewer_rows_than_a_block_and_more_groups_than_blocks(rows, groups):
     x, w, dy = draw(rows, INPUTS, OUTPUTS, groups)
     sizes = np.random.default_rng(rows).multinomial(rows, np.ones(groups) / groups)
