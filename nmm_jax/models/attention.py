@@ -13,10 +13,10 @@ Every position belongs to a segment, whose positions lie side by side (padding i
 query is without a key. `attention` is the one place that picks an implementation. The kernels for accelerators know
 only the interval of each query, `first` <= key < `until`, and go through the blocks of keys that some interval reaches:
 
-    reference   all scores of a row at once, at least float32; what the others are tested against     anywhere
-    blocked     the scores of BLOCK queries at a time and all keys, on CPU a window that holds all they see    anywhere
-    splash      models/attention_tpu.py                                                                TPU
-    triton      models/attention_gpu.py                                                                NVIDIA GPU
+    reference   all scores of a row at once, at least float32; what the others are tested against    anywhere
+    blocked     the scores of BLOCK queries at a time and all keys; on CPU those of a window         anywhere
+    splash      models/attention_tpu.py                                                              TPU
+    triton      models/attention_gpu.py                                                              NVIDIA GPU
 """
 
 import math
@@ -198,7 +198,7 @@ def _by_blocks(widths, q, k, v, first, until):
         return None, jax.lax.switch(which, branches, start, k, v, *queries)
 
     out = jax.lax.scan(attend, None, (windows, *_in_blocks(q, first, until)))[1]
-    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
+    return _joined(out, q.shape[1])
 
 
 def _by_blocks_forward(widths, *arguments):
@@ -226,8 +226,7 @@ def _by_blocks_backward(widths, saved, d_out):
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
     (d_k, d_v), d_q = jax.lax.scan(attend, zeros, (windows, *_in_blocks(d_out, q, first, until)))
-    d_q = jnp.moveaxis(d_q, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return _joined(d_q, q.shape[1]), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
@@ -238,6 +237,10 @@ def _in_blocks(*arrays: Array) -> list[Array]:
     padding = -arrays[0].shape[1] % BLOCK
     padded = (jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
     return [jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0) for x in padded]
+
+
+def _joined(blocks: Array, length: int) -> Array:
+    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1, *blocks.shape[3:])[:, :length]
 
 
 def window_widths(length: int, platform: str) -> list[int]:
