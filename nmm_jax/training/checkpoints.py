@@ -150,7 +150,7 @@ class Checkpoints:
         context.pytree.loading.partial_load = partial
         # What is being read is in memory twice. Orbax refuses an array that alone exceeds the limit.
         largest = max(x.size * max(4, x.dtype.itemsize) for x in jax.tree.leaves(wanted))
-        context.memory.read_concurrent_bytes = largest * 3 // 2
+        context.memory.read_concurrent_bytes = largest * 2
         try:
             with context:
                 return self._checkpointer.load_checkpointables(step, wanted)
