@@ -1,4 +1,4 @@
-"""A kernel on 8 simulated devices, interpreted. test_attention_tpu.py runs this file in a process of its own."""
+"""Attention on 8 simulated devices, kernels interpreted. test_attention_tpu.py runs this file in its own process."""
 
 import functools
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from packed_rows import packed_batch
 
 from nmm_jax import models
 from nmm_jax.models import attention as attention_module
 from nmm_jax.models import attention_tpu
 from nmm_jax.models.attention import attention
-from nmm_jax.parallel.mesh import mesh_of
+from nmm_jax.parallel.mesh import BATCH_AXES, mesh_of
 from nmm_jax.parallel.sharding import ON_ONE_DEVICE, Constrain, param_shardings
 from tests.fake_batches import fake_batch, tiny_config
 
@@ -46,6 +47,26 @@ def test_a_kernel_on_a_mesh(rows):
     expected = both_passes("reference", ON_ONE_DEVICE)
     found = jax.jit(lambda: both_passes("splash", Constrain(mesh_of(MESH))))()
     jax.tree.map(assert_close, found, expected)
+
+
+def test_windows_on_a_mesh(monkeypatch):
+    """A window holds what rows of all devices see."""
+    monkeypatch.setattr(attention_module, "BLOCK", 16)
+    batch = packed_batch(4, 60, patches=9, slots=3, size=4, vocab=50)
+    mask = batch["segment_ids"], batch["attend_until"]
+    r = np.random.default_rng(0)
+    arrays = [r.normal(size=(4, 60, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4)]
+
+    def both_passes(implementation, constrain, q, k, v, dout, *mask):
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, *mask, implementation, constrain), q, k, v)
+        return out, *pull(dout)
+
+    expected = both_passes("reference", ON_ONE_DEVICE, *arrays, *mask)
+    mesh = mesh_of(MESH)
+    heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    run = jax.jit(functools.partial(both_passes, "blocked", Constrain(mesh)))
+    jax.tree.map(assert_close, run(*jax.device_put(arrays, heads), *jax.device_put(mask, rows)), expected)
 
 
 def test_a_model_on_a_mesh():

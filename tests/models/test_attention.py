@@ -66,10 +66,11 @@ def test_forward_and_gradients_equal_the_oracle(case, implementation, monkeypatc
 
 def test_one_window_where_there_are_no_others(case, monkeypatch):
     monkeypatch.setattr(attention_module, "BLOCK", 16)
-    qkv, mask, _, (expected, *_) = case
+    qkv, mask, d_out, expected = case
     assert attention_module.window_widths(LENGTH, "gpu") == [LENGTH]
-    found = attention(*qkv, *mask, "blocked", on("gpu"))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    out, pull = jax.vjp(lambda *qkv: attention(*qkv, *mask, "blocked", on("gpu")), *qkv)
+    for found, want in zip((out, *pull(d_out)), expected, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_windows_hold_what_queries_see(case, monkeypatch):
