@@ -156,9 +156,8 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
         own = needed + 6 * tokens * d * experts  # the router's
         executed = None
         if jax.default_backend() == "cpu":  # the "blocks" form: a group's last block is a whole one
-            rest = received % grouped_matmul.LARGE if tokens >= grouped_matmul.LARGE else received
-            rows = min(grouped_matmul.BLOCK, tokens)
-            executed = own + needed * (received - rest + -(-rest // rows) * rows).sum() / tokens - needed
+            rows = sum(int(count.sum()) * size for size, count in grouped_matmul.blocks_of(received, tokens))
+            executed = own + needed * rows / tokens - needed
         made.append(Case("ours", experts, ours, own, executed))
         y, (_, dx) = ours()
         rivals = []

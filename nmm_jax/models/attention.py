@@ -79,6 +79,12 @@ def attention(
     return _on_each_device(kernel, mesh, q, k, v, first, until)
 
 
+def padding_alone(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """With a segment for each position of padding (0 before): it sees itself, and no block goes through the others."""
+    at = jnp.arange(segment_ids.shape[1], dtype=segment_ids.dtype)
+    return jnp.where(segment_ids == 0, -1 - at, segment_ids)
+
+
 def intervals(
     segment_ids: Int[Array, "B S"], attend_until: Int[Array, "B S"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:

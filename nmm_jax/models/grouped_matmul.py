@@ -16,11 +16,9 @@ from nmm_jax.models import grouped_kernels
 
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
-# Rows that are multiplied at a time in the "blocks" form: LARGE as long as a group has so many, which is what occupies
-# all cores, then BLOCK. Measured, product and both gradients of 8,192 rows of 256 to 704 as a multiple of one dense
-# product: on two cores 8 groups 1.09, 64 groups 1.76; without large blocks 1.32 and 1.72. On one core without them
-# blocks of 32, 48, 64, 80: 1.24 and 1.43, 1.13 and 1.39, 1.09 and 1.43, 1.09 and 1.40.
-LARGE, BLOCK = 256, 48
+# Rows that are multiplied at a time in the "blocks" form: of each size as long as three quarters of a block are the
+# group's, of the last what is left. Large ones occupy all cores.
+BLOCKS = (256, 128, 48)
 
 
 def grouped_matmul(
@@ -111,20 +109,28 @@ def _over_blocks(visit, carry, begin, end, rows):
 
     start: the block's first row. inside: bool [block,1], which of its rows are the group's and in no block before.
     """
+    for size, count in blocks_of(end - begin, rows):
 
-    def blocks_of(size, begin, end, carry):
-        def body(i, carry):
+        def body(i, carry, size=size, begin=begin):
             wanted = begin + i * size
             start = jnp.minimum(wanted, rows - size)  # a block at the end of all rows begins earlier
             at = start + jnp.arange(size)
             return visit(start, ((at >= wanted) & (at < end))[:, None], carry)
 
-        return jax.lax.fori_loop(0, -(-(end - begin) // size), body, carry)
+        carry, begin = jax.lax.fori_loop(0, count, body, carry), begin + count * size
+    return carry
 
-    if rows >= LARGE:
-        last = begin + (end - begin) // LARGE * LARGE
-        carry, begin = blocks_of(LARGE, begin, last, carry), last
-    return blocks_of(min(BLOCK, rows), begin, end, carry)
+
+def blocks_of(group: Int[Array, "..."], rows: int) -> list[tuple[int, Int[Array, "..."]]]:
+    """Rows of a block, and how many such blocks a group of so many of all `rows` is gone through in."""
+    sizes = [size for size in BLOCKS if size <= rows] or [rows]
+    found, left = [], jnp.asarray(group)
+    for size in sizes:
+        spare = size - 1 if size == sizes[-1] else size // 4
+        count = jnp.maximum(left + spare, 0) // size
+        found.append((size, count))
+        left = left - count * size
+    return found
 
 
 def _rows(x, start, inside):

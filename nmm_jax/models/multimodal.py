@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nmm_jax.models.attention import attention, masked_attention
+from nmm_jax.models.attention import attention, masked_attention, padding_alone
 from nmm_jax.models.connectors import make_connector
 from nmm_jax.models.decoder import Block, run_blocks, stack_blocks, stack_policy
 from nmm_jax.models.deep_fusion import ByModality, delimiters, modalities
@@ -78,9 +78,10 @@ class Multimodal(nnx.Module):
         has_images = batch["images"].shape[1] > 0
         by_modality = ByModality(modality, constrain) if spec.deep and has_images else None
         rotary = rotary_tables(spec, batch["positions"], constrain)
+        segments = padding_alone(batch["segment_ids"])
 
         def attend(q, k, v):
-            out = attention(q, k, v, batch["segment_ids"], batch["attend_until"], spec.attention, constrain)
+            out = attention(q, k, v, segments, batch["attend_until"], spec.attention, constrain)
             return out, (k, v) if keep_cache else None
 
         def apply(block: Block, x, _):

@@ -38,9 +38,14 @@ _GATHERS_BESIDE_PRODUCTS: Options = {
 # gradients 1 is waited for instead of 2 (h100, fsdp 8). NVIDIA/JAX-Toolbox docs/GPU_performance.md
 _TWO_LAYERS_A_TURN: Options = {"xla_gpu_enable_while_loop_double_buffering": True}
 
+# Products by Eigen, sums by YNNPACK, which has both by default: it runs a batch of products, as of attention, and one of
+# fewer than some 150 rows, as of experts, on one core.
+_PRODUCTS_BY_EIGEN: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
 _BY_CHIP: Mapping[str, Options] = {
     **dict.fromkeys(("v4", "v5p", "v6e"), _GATHERS_BESIDE_PRODUCTS),
     **dict.fromkeys(("a100-40gb", "a100", "h100-pcie", "h100", "h200", "b200"), _TWO_LAYERS_A_TURN),
+    "cpu": _PRODUCTS_BY_EIGEN,
 }
 
 # Gradients that slices exchange are awaited after the backward pass, not at the end of the layer that sent them: 7 of 9
@@ -50,10 +55,9 @@ _BETWEEN_SLICES: Options = {"xla_tpu_enable_sunk_dcn_allreduce_done_with_host_re
 
 def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
     """Those of the mesh's chips, then those of `compiler.options`, which come last and so win."""
-    chip = of_device(mesh.devices.flat[0])
-    options: Options = {}
-    if chip:
-        options |= _BY_CHIP.get(chip.name, {})
+    device = mesh.devices.flat[0]
+    chip = of_device(device)
+    options = dict(_BY_CHIP.get(chip.name if chip else device.device_kind, {}))
     if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1:
         options |= _BETWEEN_SLICES
     given = (option.split("=", 1) for option in config.compiler.options)

@@ -30,7 +30,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """
     c = config.optimizer
     chain = optax.chain(
-        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        _clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.scale_by_adam(c.beta1, c.beta2, c.eps),
         # The rate below multiplies this too, so what reaches the weights is weight_decay * lr_t / lr_peak.
         optax.add_decayed_weights(c.weight_decay / c.learning_rate, mask=lambda p: decayed(p, c.decay_exclude)),
@@ -42,6 +42,18 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 def decayed(params: Any, exclude: tuple[str, ...]) -> Any:
     """Which parameters decay: those whose path ("layers/mlp/up") holds none of the substrings `exclude`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not any(part in _name(path) for part in exclude), params)
+
+
+def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm, its state too, as a product with one number: it chooses element by element between
+    the gradient and a quotient, which XLA:CPU goes through memory for."""
+
+    def update(gradients: Any, state: optax.EmptyState, _: Any = None) -> tuple[Any, optax.EmptyState]:
+        norm = optax.tree.norm(gradients)
+        scale = largest / jnp.maximum(norm, largest)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def _scale_by_learning_rate(schedule: Schedule, its_own: Ends) -> optax.GradientTransformationExtraArgs:

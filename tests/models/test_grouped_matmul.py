@@ -45,8 +45,7 @@ def assert_all_close(found, expected):
 def blocks():
     """Compiled once: sizes are no part of the shape."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", BLOCK)
-        patch.setattr(module, "LARGE", 2 * BLOCK)
+        patch.setattr(module, "BLOCKS", (4 * BLOCK, 2 * BLOCK, BLOCK))
         yield jax.jit(lambda *a: found(*a, lambda x, w, sizes: grouped_matmul(x, w, sizes, "blocks")))
 
 

@@ -55,8 +55,7 @@ def trips_of(sizes):
 
     A group's last block may hold rows that are not its own.
     """
-    large, block = grouped_matmul.LARGE, grouped_matmul.BLOCK
-    blocks = {large: sizes // large, block: -(-(sizes % large) // block)}
+    blocks = dict(grouped_matmul.blocks_of(sizes, TOKENS))
 
     def trips(program, loop):
         (product,) = products_in(program, loop.attribute("body"))

@@ -29,7 +29,8 @@ def mesh_of(kind, slices=1):
 
 
 def test_by_generation():
-    assert compiler_options(config_with(), mesh_of("cpu")) == {}
+    assert compiler_options(config_with(), mesh_of("cpu")).keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    assert compiler_options(config_with(), mesh_of("Radeon")) == {}
     v5p, both = (compiler_options(config_with(), mesh_of("TPU v5", slices)) for slices in (1, 2))
     assert v5p["xla_enable_async_all_gather"] is True
     assert v5p.items() < both.items()
