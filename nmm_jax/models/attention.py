@@ -70,7 +70,7 @@ def attention(
     if implementation == "reference":
         return checkpoint_name(_reference(q, k, v, segment_ids, attend_until), ATTENDED)
     if implementation == "blocked":
-        return checkpoint_name(_blocked(q, k, v, segment_ids, attend_until, constrain.platform), ATTENDED)
+        return _blocked(q, k, v, segment_ids, attend_until, constrain.platform)
     kernel = _kernel(implementation, constrain.platform, q.dtype)
     first, until = intervals(segment_ids, attend_until)
     mesh = constrain.mesh
@@ -188,40 +188,57 @@ def _reference(q, k, v, segment_ids, attend_until):
 
 
 def _blocked(q, k, v, segment_ids, attend_until, platform):
-    if q.shape[1] <= BLOCK:  # all of it is one block, whose scores need not be made again for the backward pass
-        return masked_attention(q, k, v, visible(segment_ids, attend_until, segment_ids))
-    widths = window_widths(q.shape[1], platform)
-    return _by_blocks(tuple(widths), q, k, v, *intervals(segment_ids, attend_until))
+    widths = tuple(window_widths(q.shape[1], platform))
+    scaled = q * q.dtype.type(1 / math.sqrt(q.shape[3]))
+    return _by_blocks(widths, scaled, k, v, *intervals(segment_ids, attend_until))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_blocks(widths, q, k, v, first, until):
-    windows = _windows(widths, first, until)
-    branches = [partial(_attend_window, width) for width in widths]
+    return _by_blocks_forward(widths, q, k, v, first, until)[0]
+
+
+def _by_blocks_forward(widths, q, k, v, first, until):
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def of_window(width, start, q, first, until):
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, width, 2) for x in (keys, values))
+        scores = jnp.where(_seen(first, until, start, width), _scores(q, k), jnp.finfo(jnp.float32).min)
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True)
+        out = _product(_flat(weights.astype(v.dtype)), v, 3, 2).reshape(q.shape) / total
+        return out.astype(q.dtype), (largest + jnp.log(total))[..., 0]
+
+    branches = [partial(of_window, width) for width in widths]
 
     def attend(_, own):
         (which, start), *queries = own
-        return None, jax.lax.switch(which, branches, start, k, v, *queries)
+        return None, jax.lax.switch(which, branches, start, *queries)
 
-    out = jax.lax.scan(attend, None, (windows, *_in_blocks(q, first, until)))[1]
-    return _joined(out, q.shape[1])
-
-
-def _by_blocks_forward(widths, *arguments):
-    return _by_blocks(widths, *arguments), arguments
+    queries = _in_blocks(_by_group(q, k.shape[2]), 3), _in_blocks(first, 1), _in_blocks(until, 1)
+    out, lse = jax.lax.scan(attend, None, (_windows(widths, first, until), *queries))[1]
+    out = checkpoint_name(_by_position(out, q.shape), ATTENDED)
+    return out, (q, k, v, first, until, out, checkpoint_name(lse, ATTENDED))
 
 
 def _by_blocks_backward(widths, saved, d_out):
-    """Block by block; scores are made again, and each adds to the gradients of its window's keys and values."""
-    q, k, v, first, until = saved
-    windows = _windows(widths, first, until)
+    """Block by block as in FlashAttention (arXiv 2205.14135): of the forward pass the logarithms of the softmax's sums
+    are kept, scores are made again, and each block adds to the gradients of its window's keys and values."""
+    q, k, v, first, until, out, lse = saved
+    groups = k.shape[2]
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
-    def of_window(width, start, d_out, q, first, until, d_k, d_v):
-        attend = lambda q, k, v: _attend_window(width, 0, k, v, q, first - start, until - start)  # noqa: E731
-        here = [jax.lax.dynamic_slice_in_dim(x, start, width, 1) for x in (k, v, d_k, d_v)]
-        d_q, *more = jax.vjp(attend, q, *here[:2])[1](d_out)
-        sums = (so_far + x.astype(so_far.dtype) for so_far, x in zip(here[2:], more, strict=True))
-        return d_q, *map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1), (d_k, d_v), sums)
+    def of_window(width, start, d_out, inner, lse, q, first, until, d_k, d_v):
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, width, 2) for x in (keys, values))
+        weights = jnp.where(_seen(first, until, start, width), jnp.exp(_scores(q, k) - lse[..., None]), 0)
+        d_weights = _product(_flat(d_out), v, 3, 3).reshape(weights.shape)
+        d_scores = _flat((weights * (d_weights - inner)).astype(q.dtype))
+        d_q = _product(d_scores, k, 3, 2).reshape(q.shape).astype(q.dtype)
+        more = _product(_flat(q), d_scores, 2, 2), _product(_flat(d_out), _flat(weights.astype(q.dtype)), 2, 2)
+        sums = (jax.lax.dynamic_slice_in_dim(x, start, width, 3) + own for x, own in zip((d_k, d_v), more, strict=True))
+        return d_q, *map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=3), (d_k, d_v), sums)
 
     branches = [partial(of_window, width) for width in widths]
 
@@ -230,23 +247,52 @@ def _by_blocks_backward(widths, saved, d_out):
         d_q, *so_far = jax.lax.switch(which, branches, start, *queries, *so_far)
         return so_far, d_q
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
-    (d_k, d_v), d_q = jax.lax.scan(attend, zeros, (windows, *_in_blocks(d_out, q, first, until)))
-    return _joined(d_q, q.shape[1]), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    of_queries = [_in_blocks(_by_group(x, groups), 3) for x in (d_out, inner)]
+    of_queries += [lse, _in_blocks(_by_group(q, groups), 3), _in_blocks(first, 1), _in_blocks(until, 1)]
+    b, s, g, d = k.shape
+    zeros = [jnp.zeros((b, g, d, s), jnp.float32)] * 2
+    (d_k, d_v), d_q = jax.lax.scan(attend, zeros, (_windows(widths, first, until), *of_queries))
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (d_k, d_v))
+    return _by_position(d_q, q.shape), d_k, d_v, None, None
 
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 
-def _in_blocks(*arrays: Array) -> list[Array]:
-    """[B,S,...] as [S / BLOCK, B, BLOCK, ...]; queries that fill the last one are 0 and see nothing: 0 <= key < 0."""
-    padding = -arrays[0].shape[1] % BLOCK
-    padded = (jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
-    return [jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0) for x in padded]
+def _scores(q: Float[Array, "B G R Q K"], k: Float[Array, "B G W K"]) -> Float[Array, "B G R Q W"]:
+    """float32."""
+    return _product(_flat(q), k, 3, 3).reshape(*q.shape[:-1], k.shape[2])
 
 
-def _joined(blocks: Array, length: int) -> Array:
-    return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1, *blocks.shape[3:])[:, :length]
+def _product(x: Array, y: Array, of_x: int, of_y: int) -> Array:
+    """Over these axes, batch and groups side by side, in float32."""
+    return jax.lax.dot_general(x, y, (((of_x,), (of_y,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _flat(x: Array) -> Array:
+    """[B,G,R,Q,...] as [B,G,R*Q,...]: the query heads that share a key."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _seen(first: Int[Array, "B Q"], until: Int[Array, "B Q"], start: Array, width: int) -> Bool[Array, "B 1 1 Q W"]:
+    keys = start + jnp.arange(width)
+    return ((first[..., None] <= keys) & (keys < until[..., None]))[:, None, None]
+
+
+def _by_group(x: Float[Array, "B S H K"], groups: int) -> Float[Array, "B G R S K"]:
+    return x.reshape(*x.shape[:2], groups, -1, x.shape[3]).transpose(0, 2, 3, 1, 4)
+
+
+def _in_blocks(x: Array, axis: int) -> Array:
+    """Positions cut into blocks, which come first; queries that fill the last one are 0 and see nothing: 0 <= key < 0."""
+    block = min(BLOCK, x.shape[axis])
+    padded = jnp.pad(x, [(0, -x.shape[axis] % block if i == axis else 0) for i in range(x.ndim)])
+    return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _by_position(blocks: Float[Array, "N B G R Q K"], shape: tuple[int, ...]) -> Float[Array, "B S H K"]:
+    b, s, h, k = shape
+    return blocks.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, k)[:, :s]
 
 
 def window_widths(length: int, platform: str) -> list[int]:
@@ -273,10 +319,3 @@ def _windows(
     high = jnp.pad(until, padding).reshape(len(until), -1, BLOCK).max((0, 2))
     which = jnp.searchsorted(jnp.array(widths), high - low).astype(jnp.int32)
     return which, jnp.minimum(low, length - jnp.array(widths)[which])
-
-
-def _attend_window(width, start, k, v, q, first, until):
-    """A block of queries over the keys from `start` on, so many."""
-    keys = start + jnp.arange(width)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, start, width, 1) for x in (k, v))
-    return masked_attention(q, k, v, (first[..., None] <= keys) & (keys < until[..., None]))

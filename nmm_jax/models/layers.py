@@ -111,14 +111,15 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         scale = self.scale[...]
         axes = tuple(range(-scale.ndim, 0))
-        y = x.astype(jnp.float32)
+        # Without axes of length 1: XLA:CPU's sums over the last of [1,S,D] take 15 times as long as of [S,D].
+        y = x.reshape(*(n for n in x.shape[: -scale.ndim] if n != 1), *scale.shape).astype(jnp.float32)
         if self.centred:
             y = y - y.mean(axes, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + self.eps)
         y = y * scale
         if self.has_bias:
             y = y + self.bias[...]
-        return y.astype(x.dtype)
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 def rotary_tables(
