@@ -17,7 +17,8 @@ from nmm_jax.models import grouped_kernels
 IMPLEMENTATIONS = ("auto", "blocks", "megablox", "tokamax")
 
 # Rows that are multiplied at a time in the "blocks" form: of each size as long as three quarters of a block are the
-# group's, of the last what is left. Large ones occupy all cores.
+# group's, of the last what is left. Large ones occupy all cores. A step of configs/moe.py:quickstart-8e (groups of some
+# 116 rows, two cores) has 1.06 times the speed of 256 and 48 alone.
 BLOCKS = (256, 128, 48)
 
 

@@ -9,7 +9,7 @@ import pytest
 from packed_rows import packed_batch
 
 from nmm_jax.models import attention as attention_module
-from nmm_jax.models.attention import attention, intervals
+from nmm_jax.models.attention import attention, intervals, padding_alone
 
 ROWS, LENGTH, HEADS, HEAD_DIM = 2, 83, 4, 8
 
@@ -88,6 +88,18 @@ def test_windows_hold_what_queries_see(case, monkeypatch):
     assert all(start <= low) and all(high <= start + width)
     assert all(w == min(a for a in widths if a >= b) for w, b in zip(width, high - low, strict=True))
     assert len(set(width.tolist())) >= 2
+
+
+def test_padding_sees_itself_only(monkeypatch):
+    monkeypatch.setattr(attention_module, "BLOCK", 4)
+    segments = np.array([[1] * 5 + [2] * 3 + [0] * 8, [3] * 6 + [0] * 10])
+    until = np.tile(np.arange(1, 17), (2, 1))
+    first, end = intervals(padding_alone(jnp.asarray(segments)), until)
+    expected = [0] * 5 + [5] * 3 + [*range(8, 16)], [0] * 6 + [*range(6, 16)]
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(end, until)
+    which, start = attention_module._windows(attention_module.window_widths(16, "cpu"), first, end)
+    assert which.tolist() == [0, 1, 0, 0] and start.tolist() == [0, 0, 8, 12]
 
 
 def test_bfloat16_scores_are_accumulated_in_float32(case):

@@ -174,3 +174,16 @@ def test_open_run_gives_the_model_and_its_parameters(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run.params, params)
     stored = json.loads((pathlib.Path(tmp_path) / "checkpoints" / "7" / "_CHECKPOINT_METADATA").read_text())
     assert "custom_metadata" in stored
+
+
+def test_files_are_mapped_while_a_checkpoint_is_read_and_no_longer():
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    def mode():
+        resources = tensorstore_utils.get_ts_context().spec.to_json()
+        return resources.get("file_io_mode", {}).get("mode")
+
+    assert mode() is None
+    with module._mapped_files():
+        assert mode() == "memmap"
+    assert mode() is None
