@@ -58,6 +58,8 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
     device = mesh.devices.flat[0]
     chip = of_device(device)
     options = dict(_BY_CHIP.get(chip.name if chip else device.device_kind, {}))
+    if device.device_kind == "cpu" and mesh.devices.size > 1:
+        options = {}  # simulated devices wait for each other on the threads that Eigen would use
     if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1:
         options |= _BETWEEN_SLICES
     given = (option.split("=", 1) for option in config.compiler.options)
