@@ -49,9 +49,10 @@ def test_a_kernel_on_a_mesh(rows):
     jax.tree.map(assert_close, found, expected)
 
 
-def test_windows_on_a_mesh(monkeypatch):
-    """A window holds what rows of all devices see."""
-    monkeypatch.setattr(attention_module, "BLOCK", 16)
+@pytest.mark.parametrize("block", [16, 64])
+def test_windows_on_a_mesh(block, monkeypatch):
+    """A window holds what rows of all devices see. Where there is one, of all keys, devices send each other nothing."""
+    monkeypatch.setattr(attention_module, "BLOCK", block)
     batch = packed_batch(4, 60, patches=9, slots=3, size=4, vocab=50)
     mask = batch["segment_ids"], batch["attend_until"]
     r = np.random.default_rng(0)
@@ -65,8 +66,11 @@ def test_windows_on_a_mesh(monkeypatch):
     mesh = mesh_of(MESH)
     heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    run = jax.jit(functools.partial(both_passes, "blocked", Constrain(mesh)))
-    jax.tree.map(assert_close, run(*jax.device_put(arrays, heads), *jax.device_put(mask, rows)), expected)
+    inputs = *jax.device_put(arrays, heads), *jax.device_put(mask, rows)
+    run = jax.jit(functools.partial(both_passes, "blocked", Constrain(mesh)), out_shardings=heads)
+    run = run.lower(*inputs).compile()
+    jax.tree.map(assert_close, run(*inputs), expected)
+    assert ("all-reduce" in run.as_text()) == (block < 60)
 
 
 def test_a_model_on_a_mesh():
