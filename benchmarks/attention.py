@@ -29,7 +29,7 @@ from absl import app, flags
 
 from benchmarks.mixture_rows import first_of_segment, of_data, synthetic
 from benchmarks.tables import table
-from benchmarks.timing import Timed, in_turns, origin, write
+from benchmarks.timing import Timed, compiled, in_turns, origin, write
 from nmm_jax.models.attention import attention
 from nmm_jax.parallel.chips import peak_flops
 
@@ -104,8 +104,8 @@ def jax_way(name: str, attend: Callable[..., jax.Array], batch: Batch) -> Way:
 
     mask = jnp.asarray(batch.segments), jnp.asarray(batch.until)
     qkv = batch.q, batch.k, batch.v
-    forward = jax.jit(attend).lower(*qkv, *mask).compile()
-    backward = jax.jit(both).lower(*qkv, batch.dout, *mask).compile()
+    forward = compiled(attend, *qkv, *mask)
+    backward = compiled(both, *qkv, batch.dout, *mask)
     memory = backward.memory_analysis()
     return Way(
         name,
@@ -115,9 +115,9 @@ def jax_way(name: str, attend: Callable[..., jax.Array], batch: Batch) -> Way:
     )
 
 
-def _done(compiled: Any, *arguments: Any) -> Any:
+def _done(program: jax.stages.Compiled, *arguments: Any) -> Any:
     for _ in range(runs()):
-        found = compiled(*arguments)
+        found = program(*arguments)
     return jax.block_until_ready(found)
 
 
@@ -252,8 +252,8 @@ def compare(made: list[Way], dtype: str) -> None:
 
 def matrix_product(dtype: str) -> Timed:
     a, b = (jax.random.normal(jax.random.key(n), (MATRIX, MATRIX), dtype) for n in range(2))
-    compiled = jax.jit(jnp.matmul).lower(a, b).compile()
-    return Timed(lambda: _done(compiled, a, b))
+    multiply = compiled(jnp.matmul, a, b)
+    return Timed(lambda: _done(multiply, a, b))
 
 
 # Results

@@ -35,7 +35,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.tables import table
-from benchmarks.timing import Timed, in_turns, origin, ratio, write
+from benchmarks.timing import Timed, compiled, in_turns, origin, ratio, write
 from nmm_jax.models import grouped_kernels
 from nmm_jax.models.grouped_matmul import grouped_matmul
 
@@ -141,11 +141,11 @@ def of_jax(product: Product, pass_: str, operands: Operands, dtype: str) -> Call
         "to rows": lambda x, w, dy, sizes: jax.vjp(lambda x: product(x, w, sizes), x)[1](dy)[0],
         "to weights": lambda x, w, dy, sizes: jax.vjp(lambda w: product(x, w, sizes), w)[1](dy)[0],
     }
-    compiled = jax.jit(functions[pass_]).lower(x, w, dy, sizes).compile()
+    program = compiled(functions[pass_], x, w, dy, sizes)
 
     def run() -> jax.Array:
         for _ in range(runs()):
-            found = compiled(x, w, dy, sizes)
+            found = program(x, w, dy, sizes)
         return found.block_until_ready()
 
     return run

@@ -26,7 +26,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.tables import table
-from benchmarks.timing import Timed, in_turns, origin, ratio, write
+from benchmarks.timing import Timed, compiled, in_turns, origin, ratio, write
 from configs.base import base
 from nmm_jax.models import grouped_matmul
 from nmm_jax.models.layers import FeedForward
@@ -77,13 +77,12 @@ def forward_and_backward(apply: Callable[..., jax.Array], *operands: Any) -> tup
     """Of apply(params, x), by both: a function that runs it, and the compiled program."""
     params, x, dy = operands
 
-    @jax.jit
     def both(params, x, dy):
         y, pull = jax.vjp(apply, params, x)
         return y, pull(dy)
 
-    compiled = both.lower(params, x, dy).compile()
-    return lambda: jax.block_until_ready(compiled(params, x, dy)), compiled
+    program = compiled(both, params, x, dy)
+    return lambda: jax.block_until_ready(program(params, x, dy)), program
 
 
 def ragged(params: Values, x: jax.Array) -> jax.Array:
@@ -162,8 +161,8 @@ def cases(dtype: str) -> tuple[list[Case], dict[int, float]]:
         y, (_, dx) = ours()
         rivals = []
         if n == 0:
-            run, compiled = forward_and_backward(ragged, params, x, dy)
-            rivals.append(Case("jax.lax.ragged_dot", experts, run, own, compiled.cost_analysis().get("flops")))
+            run, program = forward_and_backward(ragged, params, x, dy)
+            rivals.append(Case("jax.lax.ragged_dot", experts, run, own, program.cost_analysis().get("flops")))
         for implementation in ("eager", "grouped_mm"):
             try:
                 run = mixtral(params, x32, dy32, dtype, implementation)

@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from nmm_jax.parallel.compiler_options import compile_with, of_devices
+
 PAUSE, ONCE = 0.25, 5.0  # seconds: between turns, and beyond which one turn has to do
 
 
@@ -36,6 +38,11 @@ class Timed:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """For this process's first device, as train compiles its steps."""
+    return compile_with(jax.jit(function).lower(*arguments), of_devices(jax.devices()[:1]))
 
 
 def in_turns(ways: Iterable[Timed], rounds: int) -> None:

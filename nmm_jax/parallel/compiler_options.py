@@ -16,7 +16,7 @@ Tried, and not here:
     them off again for wrong losses, which cannot be seen here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -54,16 +54,21 @@ _BETWEEN_SLICES: Options = {"xla_tpu_enable_sunk_dcn_allreduce_done_with_host_re
 
 
 def compiler_options(config: ConfigDict, mesh: Mesh) -> Options:
-    """Those of the mesh's chips, then those of `compiler.options`, which come last and so win."""
-    device = mesh.devices.flat[0]
-    chip = of_device(device)
-    options = dict(_BY_CHIP.get(chip.name if chip else device.device_kind, {}))
-    if device.device_kind == "cpu" and mesh.devices.size > 1:
-        options = {}  # simulated devices wait for each other on the threads that Eigen would use
-    if len({getattr(device, "slice_index", 0) for device in mesh.devices.flat}) > 1:
-        options |= _BETWEEN_SLICES
+    """Those of the mesh's devices, then those of `compiler.options`, which come last and so win."""
     given = (option.split("=", 1) for option in config.compiler.options)
-    return options | {name: _value(text) for name, text in given}
+    return of_devices(mesh.devices.flat) | {name: _value(text) for name, text in given}
+
+
+def of_devices(devices: Iterable[jax.Device]) -> Options:
+    """Those of the chips, and of slices where there are several."""
+    first, *others = devices
+    chip = of_device(first)
+    if first.device_kind == "cpu" and others:
+        return {}  # simulated devices, on which none was tried
+    options = dict(_BY_CHIP.get(chip.name if chip else first.device_kind, {}))
+    if len({getattr(device, "slice_index", 0) for device in (first, *others)}) > 1:
+        options |= _BETWEEN_SLICES
+    return options
 
 
 def _value(text: str) -> bool | int | float | str:
