@@ -1,7 +1,8 @@
 """How often a loop runs, worked out from its condition: the TPU compiler does not write it down.
 
 A loop that counts carries an integer: it starts at a constant, the body adds a constant, and the condition compares it
-with a constant. Constants are looked for through copies, through what outer loops carry unchanged, and through sums.
+with a constant, or with the smaller of a constant and a number that depends on data: then it runs as often at most.
+Constants are looked for through copies, through what outer loops carry unchanged, and through sums.
 """
 
 import math
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nmm_jax.compilation.program import Instruction, Program
 
+    Made = tuple[str, Instruction] | None
+
 _FARTHEST = 100  # steps to a constant; a value that needs more is none
 
 
 def counted_trips(program: "Program", computation: str, loop: "Instruction") -> int | None:
-    """Runs of the body of a loop in a computation; None where it does not count between constants."""
+    """Runs of the body of a loop in a computation, or the most there can be; None where no constants tell."""
     condition, body = loop.attribute("condition") or "", loop.attribute("body") or ""
     test = program.roots.get(condition)
     if test is None or test.op != "compare":
@@ -27,8 +30,8 @@ def counted_trips(program: "Program", computation: str, loop: "Instruction") -> 
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
     if counter is None or not loop.operands:
         return None
-    bound = _constant(program, condition, right)
-    start = _element(program, computation, loop.operands[0], counter)
+    bound = _most(program, condition, right)
+    start = _value(program, _element(program, computation, loop.operands[0], counter))
     step = _step(program, body, counter)
     if bound is None or start is None or not step:
         return None
@@ -83,30 +86,53 @@ def _step(program: "Program", body: str, counter: int) -> int | None:
     return None
 
 
-def _constant(program: "Program", computation: str, name: str, far: int = _FARTHEST) -> int | None:
+def _most(program: "Program", computation: str, name: str) -> int | None:
+    """A constant, or of the smaller of a constant and something else the constant."""
+    made = _made(program, computation, name)
+    if made and made[1].op == "fusion":
+        inside = made[1].attribute("calls") or ""
+        made = inside, program.roots[inside]
+    if made and made[1].op == "minimum":
+        either = (_constant(program, made[0], operand) for operand in made[1].operands)
+        return min((constant for constant in either if constant is not None), default=None)
+    return _value(program, made)
+
+
+def _constant(program: "Program", computation: str, name: str) -> int | None:
     """An integer that is known without running anything."""
-    if not far:
+    return _value(program, _made(program, computation, name))
+
+
+def _value(program: "Program", made: "Made") -> int | None:
+    """The same of what makes it."""
+    if made is None:
         return None
-    found = program.origin(computation, name)
+    computation, found = made
     if found.op == "constant":
         return int(found.literal) if found.literal.lstrip("-").isdecimal() else None
     if found.op in ("add", "subtract", "multiply"):
-        left, right = (_constant(program, computation, operand, far - 1) for operand in found.operands)
+        left, right = (_constant(program, computation, operand) for operand in found.operands)
         if left is None or right is None:
             return None
         return {"add": left + right, "subtract": left - right, "multiply": left * right}[found.op]
-    if found.op == "get-tuple-element":
-        return _element(program, computation, found.operands[0], int(found.attribute("index") or 0), far - 1)
     return None
 
 
-def _element(program: "Program", computation: str, name: str, index: int, far: int = _FARTHEST) -> int | None:
+def _made(program: "Program", computation: str, name: str, far: int = _FARTHEST) -> "Made":
+    """What makes a value, and in which computation; None where that is not one instruction."""
+    found = program.origin(computation, name)
+    if found.op != "get-tuple-element":
+        return computation, found
+    return _element(program, computation, found.operands[0], int(found.attribute("index") or 0), far)
+
+
+def _element(program: "Program", computation: str, name: str, index: int, far: int = _FARTHEST) -> "Made":
     """The same of a tuple's element: of one that is made here, or that a loop carries unchanged."""
     if not far:
         return None
     found = program.origin(computation, name)
     if found.op == "tuple":
-        return _constant(program, computation, found.operands[index], far - 1)
+        return _made(program, computation, found.operands[index], far - 1)
     if found.op == "while" and _is_unchanged(program, found, index):
         return _element(program, computation, found.operands[0], index, far - 1)
     if found.op == "parameter" and len(program.callers[computation]) == 1:

@@ -140,7 +140,7 @@ class Program:
         return found
 
     def trips(self, computation: str, loop: Instruction) -> int | None:
-        """How often the body of a loop in a computation runs; None where that depends on data."""
+        """How often the body of a loop in a computation runs, at most; None where that depends on data alone."""
         return counted_trips(self, computation, loop) if loop.trips is None else loop.trips
 
     def runs(self, trips: Trips = depends_on_data) -> dict[str, int]:

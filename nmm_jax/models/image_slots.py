@@ -9,6 +9,7 @@ slots of the rows it has, and goes through them part by part until no device has
 out rows so that devices have about as many (data_pipelines/balance.py). benchmarks/image_slots.py counts what is empty.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -42,8 +43,7 @@ def map_filled(
 
     Args:
       patches: of an image, that the tower computes.
-      policy: what of a part is kept for the backward pass. (Left to itself the conditional keeps what it reads too: a
-        copy of the tower's weights for every part.)
+      policy: what of a part is kept for the backward pass.
     """
     b, i = image_mask.shape
     devices = 1 if constrain.mesh is None else math.prod(constrain.mesh.shape[axis] for axis in BATCH_AXES)
@@ -55,23 +55,77 @@ def map_filled(
     place = jnp.argsort(order, axis=1)
     parts = math.ceil(slots / part)
     padded = jnp.pad(order, ((0, 0), (0, parts * part - slots)), mode="edge").reshape(devices, parts, part)
-    most = filled.sum(1).max()  # the same number on all devices, so that they take the same branch below
+    most = filled.sum(1).max()  # the same number on all devices, so that they go through as many parts
+    number = jnp.minimum(-(-most // part), parts)
 
-    def encoded(chosen: Int[Array, "devices part"]) -> Float[Array, "devices part P D"]:
+    def encoded(chosen: Int[Array, "devices part"], images: Array) -> Float[Array, "devices part P D"]:
         of_part = jnp.take_along_axis(images, chosen[:, :, None, None, None], axis=1)
         found = encode(constrain(of_part.reshape(-1, *images.shape[2:]), ("batch",)))
-        return found.reshape(devices, part, *found.shape[1:])
+        return constrain(found.reshape(devices, part, *found.shape[1:]), ("batch",))
 
-    shape = jax.eval_shape(encoded, padded[:, 0])
-
-    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    def step(_, inputs: tuple[Array, Array]) -> tuple[None, Array]:
-        number, chosen = inputs
-        empty = lambda _: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
-        return None, constrain(jax.lax.cond(number * part < most, encoded, empty, chosen), ("batch",))
-
-    _, found = jax.lax.scan(step, None, (jnp.arange(parts), padded.swapaxes(0, 1)))
-    found = constrain(found.swapaxes(0, 1).reshape(devices, parts * part, *shape.shape[2:]), ("batch",))
+    chosen = padded.swapaxes(0, 1)
+    encoded, weights = jax.closure_convert(encoded, chosen[0], images)
+    encoded = jax.checkpoint(encoded, policy=policy, prevent_cse=False)
+    found = _first_parts(encoded, number, chosen, images, weights)
+    found = constrain(found.swapaxes(0, 1).reshape(devices, parts * part, *found.shape[3:]), ("batch",))
     found = jnp.take_along_axis(found, place[:, :, None, None], axis=1)
-    computed = jnp.minimum(-(-most // part), parts) * part * devices
-    return constrain(found.reshape(b, i, *shape.shape[2:]), ("batch",)), computed.astype(jnp.int32)
+    computed = (number * part * devices).astype(jnp.int32)
+    return constrain(found.reshape(b, i, *found.shape[2:]), ("batch",)), computed
+
+
+# Loops of `number` turns, which JAX does not differentiate by itself. It would a scan of conditionals, but what those
+# keep it fills with zeros for the parts that are skipped, and for each of them adds zeros to all gradients of weights.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _first_parts(encode, number, chosen, images, weights):
+    """encode(chosen[n], images, *weights) of the parts n < number, 0 of the others."""
+
+    def step(n, found):
+        return _put(found, encode(chosen[n], images, *weights), n)
+
+    shape = jax.eval_shape(encode, chosen[0], images, *weights)
+    return jax.lax.fori_loop(0, number, step, _room(shape, len(chosen)))
+
+
+def _first_parts_forward(encode, number, chosen, images, weights):
+    number, chosen, images = number.value, chosen.value, images.value
+    values = [w.value for w in weights]
+
+    def of_part(n):
+        return jax.vjp(encode, chosen[n], images, *values)
+
+    found, pull = jax.eval_shape(of_part, 0)
+
+    def step(n, so_far):
+        found, pull = of_part(n)
+        return _put(so_far, (found, pull.opaque_residuals), n)
+
+    found, kept = jax.lax.fori_loop(0, number, step, _room((found, pull.opaque_residuals), len(chosen)))
+    pull = dataclasses.replace(pull, args_res=[], opaque_residuals=kept)
+    trained = [w.value if w.perturbed else None for w in weights]
+    return found, (pull, number, chosen, images, values, trained)
+
+
+def _first_parts_backward(encode, saved, d_found):
+    pull, number, chosen, images, weights, trained = saved
+
+    def step(n, sums):
+        arguments = [chosen[n], images, *weights]  # what each part's backward pass reads of them is kept once
+        of_part = dataclasses.replace(pull, args_res=arguments, opaque_residuals=[x[n] for x in pull.opaque_residuals])
+        _, _, *more = of_part(d_found[n])
+        return [None if x is None else x + y for x, y in zip(sums, more, strict=True)]
+
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    return None, None, None, jax.lax.fori_loop(0, number, step, zeros)
+
+
+_first_parts.defvjp(_first_parts_forward, _first_parts_backward, symbolic_zeros=True)
+
+
+def _room(of_part, parts: int):
+    return jax.tree.map(lambda x: jnp.zeros((parts, *x.shape), x.dtype), of_part)
+
+
+def _put(room, of_part, n):
+    return jax.tree.map(lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, n, 0), room, of_part)

@@ -107,6 +107,44 @@ def test_turns_are_counted_where_the_compiler_does_not_write_them(name, trips):
     assert program.trips(*loop(program, name)) == trips
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loop_until_the_smaller_of_data_and_a_constant_runs_as_often_at_most(fused):
+    made = "fusion(%n), kind=kLoop, calls=%smaller" if fused else "minimum(%n, %seven)"
+    text = f"""\
+%smaller (a: s32[]) -> s32[] {{
+  %a = s32[] parameter(0)
+  %five = s32[] constant(5)
+  ROOT %m = s32[] minimum(%five, %a)
+}}
+
+%body (s: (s32[], s32[])) -> (s32[], s32[]) {{
+  %s = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %most = s32[] get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], s32[]) tuple(%next, %most)
+}}
+
+%condition (c: (s32[], s32[])) -> pred[] {{
+  %c = (s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %until = s32[] get-tuple-element(%c), index=1
+  ROOT %left = pred[] compare(%j, %until), direction=LT
+}}
+
+ENTRY %main (n: s32[]) -> (s32[], s32[]) {{
+  %n = s32[] parameter(0)
+  %seven = s32[] constant(7)
+  %bound = s32[] {made}
+  %start = s32[] constant(2)
+  %all = (s32[], s32[]) tuple(%start, %bound)
+  ROOT %while.1 = (s32[], s32[]) while(%all), condition=%condition, body=%body
+}}
+"""
+    assert Program(text).runs()["body"] == (3 if fused else 5)
+
+
 def test_runs():
     program = Program(LOOPS)
     with pytest.raises(ValueError, match="loop while.3 .* depends on data; give `trips`"):
