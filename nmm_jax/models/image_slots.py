@@ -56,7 +56,7 @@ def map_filled(
     parts = math.ceil(slots / part)
     padded = jnp.pad(order, ((0, 0), (0, parts * part - slots)), mode="edge").reshape(devices, parts, part)
     most = filled.sum(1).max()  # the same number on all devices, so that they go through as many parts
-    number = jnp.minimum(-(-most // part), parts)
+    number = jnp.minimum(-(-most // part), parts)  # never more: it tells who counts turns in the compiled program
 
     def encoded(chosen: Int[Array, "devices part"], images: Array) -> Float[Array, "devices part P D"]:
         of_part = jnp.take_along_axis(images, chosen[:, :, None, None, None], axis=1)
