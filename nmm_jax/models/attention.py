@@ -190,15 +190,12 @@ def _reference(q, k, v, segment_ids, attend_until):
 def _blocked(q, k, v, segment_ids, attend_until, platform):
     widths = tuple(window_widths(q.shape[1], platform))
     scaled = q * q.dtype.type(1 / math.sqrt(q.shape[3]))
-    return _by_blocks(widths, scaled, k, v, *intervals(segment_ids, attend_until))
+    return _by_blocks(widths, scaled, k, v, *intervals(segment_ids, attend_until))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_blocks(widths, q, k, v, first, until):
-    return _by_blocks_forward(widths, q, k, v, first, until)[0]
-
-
-def _by_blocks_forward(widths, q, k, v, first, until):
+    """The output, and the logarithms of the softmax's sums."""
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def of_window(width, start, q, first, until):
@@ -218,14 +215,20 @@ def _by_blocks_forward(widths, q, k, v, first, until):
 
     queries = _in_blocks(_by_group(q, k.shape[2]), 3), _in_blocks(first, 1), _in_blocks(until, 1)
     out, lse = jax.lax.scan(attend, None, (_windows(widths, first, until), *queries))[1]
-    out = checkpoint_name(_by_position(out, q.shape), ATTENDED)
-    return out, (q, k, v, first, until, out, checkpoint_name(lse, ATTENDED))
+    return _by_position(out, q.shape), lse
 
 
-def _by_blocks_backward(widths, saved, d_out):
+def _by_blocks_forward(widths, *arguments):
+    # Called as it is, or a policy of remat that keeps products would see and keep those of all branches.
+    out, lse = (checkpoint_name(x, ATTENDED) for x in _by_blocks(widths, *arguments))
+    return (out, lse), (*arguments, out, lse)
+
+
+def _by_blocks_backward(widths, saved, d_outputs):
     """Block by block as in FlashAttention (arXiv 2205.14135): of the forward pass the logarithms of the softmax's sums
     are kept, scores are made again, and each block adds to the gradients of its window's keys and values."""
     q, k, v, first, until, out, lse = saved
+    d_out, _ = d_outputs
     groups = k.shape[2]
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)

@@ -314,7 +314,8 @@ def remat_policy(name: str) -> Callable[..., bool]:
 
 def stack_policy(name: str) -> Callable[..., bool]:
     """The same for a stack that is rematerialised from outside too: its layers' inputs are kept, or all products."""
+    policies = jax.checkpoint_policies
     if name == "none":
-        return jax.checkpoint_policies.dots_saveable
+        return policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(ATTENDED))
     kept = KEPT if name == "minimal" else ()
-    return jax.checkpoint_policies.save_only_these_names(CHOICE, BLOCK_INPUT, *kept)
+    return policies.save_only_these_names(CHOICE, BLOCK_INPUT, *kept)

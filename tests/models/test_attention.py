@@ -9,7 +9,9 @@ import pytest
 from packed_rows import packed_batch
 
 from nmm_jax.models import attention as attention_module
-from nmm_jax.models.attention import attention, intervals, padding_alone
+from nmm_jax.models.attention import BLOCK, attention, intervals, padding_alone, window_widths
+from nmm_jax.models.decoder import remat_policy
+from tests.traced import outputs
 
 ROWS, LENGTH, HEADS, HEAD_DIM = 2, 83, 4, 8
 
@@ -157,16 +159,6 @@ def test_intervals():
     assert first.dtype == end.dtype == np.int32
 
 
-def arrays_of(jaxpr):
-    """All values that a jaxpr and the jaxprs within it compute."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars)
-        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from arrays_of(inner)
-
-
 def test_long_rows_build_no_square_array():
     s = 2048
     qkv = [jax.ShapeDtypeStruct((1, s, 2, 4), jnp.float32)] * 3
@@ -174,7 +166,29 @@ def test_long_rows_build_no_square_array():
 
     def largest(implementation):
         gradient = jax.grad(lambda q, k, v, *m: attention(q, k, v, *m, implementation).sum(), (0, 1, 2))
-        return max(aval.size for aval in arrays_of(jax.make_jaxpr(gradient)(*qkv, *ids).jaxpr))
+        return max(v.aval.size for v in outputs(jax.make_jaxpr(gradient)(*qkv, *ids).jaxpr))
 
     assert largest("reference") >= s * s  # the inspection sees them where they are
     assert largest("blocked") <= 2 * 256 * s
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "minimal", "products"])
+def test_nothing_of_all_blocks_scores_is_kept(policy):
+    """Layers in a scan as the decoder has them; a policy that reaches into the loop over blocks keeps of every block
+    the scores with every window's keys, and their masks."""
+    blocks, widths = 4, window_widths(4 * BLOCK, "cpu")
+    keep = jax.checkpoint_policies.dots_saveable if policy == "products" else remat_policy(policy)
+    segments = jnp.ones((1, blocks * BLOCK), jnp.int32)
+    until = jnp.arange(1, blocks * BLOCK + 1)[None]
+    x = jax.ShapeDtypeStruct((1, blocks * BLOCK, 2, 8), jnp.float32)
+
+    def loss(x, segments, until):
+        layer = jax.checkpoint(lambda x: attention(x, x, x, segments, until, "blocked"), policy=keep)
+        return jax.lax.scan(lambda x, _: (layer(x), None), x, None, 2, unroll=2)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(x, segments, until)
+    kept = {v.aval.shape for v in outputs(program.jaxpr)}
+    assert (1, 2, 1, BLOCK, widths[0]) in kept  # of one block
+    assert not {
+        shape for shape in kept if shape[:1] == (blocks,) and shape[-2:] in {(BLOCK, width) for width in widths}
+    }

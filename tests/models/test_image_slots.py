@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from nmm_jax.models import build
 from nmm_jax.models.image_slots import map_filled, part_size
 from nmm_jax.parallel.sharding import Constrain
 from tests.fake_batches import fake_batch, tiny_config
+from tests.traced import outputs
 
 NOTHING = jax.checkpoint_policies.nothing_saveable
 
@@ -82,12 +82,5 @@ def test_no_part_keeps_a_copy_of_weights_or_images(remat):
     parts = -(-config.batch_rows * config.image.per_row // part_size(config.batch_rows * config.image.per_row, 4))
     once = [x.shape for x in jax.tree.leaves(shapes["vision"]) if x.size > 64]
     once.append((1, batch["image_mask"].size, *batch["images"].shape[2:]))
-    made = {v.aval.shape for v in _outputs(program.jaxpr)}
+    made = {v.aval.shape for v in outputs(program.jaxpr)}
     assert once[-1] in made and not {(parts, *shape) for shape in once} & made
-
-
-def _outputs(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from equation.outvars
-        for inner in jaxprs_in_params(equation.params):
-            yield from _outputs(inner)
