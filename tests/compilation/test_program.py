@@ -109,7 +109,13 @@ def test_turns_are_counted_where_the_compiler_does_not_write_them(name, trips):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_loop_until_the_smaller_of_data_and_a_constant_runs_as_often_at_most(fused):
-    made = "fusion(%n), kind=kLoop, calls=%smaller" if fused else "minimum(%n, %seven)"
+    """As for TPUs, and as for CPUs, where each of these small things is a fusion."""
+    made, added, compared = ("minimum(%n, %seven)", "add(%i, %one)", "compare(%j, %until), direction=LT")
+    if fused:
+        made, added, compared = (
+            f"fusion({operands}), kind=kLoop, calls=%{name}"
+            for operands, name in (("%n", "smaller"), ("%one, %i", "sum"), ("%until, %j", "less"))
+        )
     text = f"""\
 %smaller (a: s32[]) -> s32[] {{
   %a = s32[] parameter(0)
@@ -117,12 +123,24 @@ def test_a_loop_until_the_smaller_of_data_and_a_constant_runs_as_often_at_most(f
   ROOT %m = s32[] minimum(%five, %a)
 }}
 
+%sum (b: s32[], d: s32[]) -> s32[] {{
+  %b = s32[] parameter(0)
+  %d = s32[] parameter(1)
+  ROOT %both = s32[] add(%d, %b)
+}}
+
+%less (e: s32[], f: s32[]) -> pred[] {{
+  %e = s32[] parameter(0)
+  %f = s32[] parameter(1)
+  ROOT %is = pred[] compare(%f, %e), direction=LT
+}}
+
 %body (s: (s32[], s32[])) -> (s32[], s32[]) {{
   %s = (s32[], s32[]) parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
   %most = s32[] get-tuple-element(%s), index=1
   %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
+  %next = s32[] {added}
   ROOT %t = (s32[], s32[]) tuple(%next, %most)
 }}
 
@@ -130,7 +148,7 @@ def test_a_loop_until_the_smaller_of_data_and_a_constant_runs_as_often_at_most(f
   %c = (s32[], s32[]) parameter(0)
   %j = s32[] get-tuple-element(%c), index=0
   %until = s32[] get-tuple-element(%c), index=1
-  ROOT %left = pred[] compare(%j, %until), direction=LT
+  ROOT %left = pred[] {compared}
 }}
 
 ENTRY %main (n: s32[]) -> (s32[], s32[]) {{

@@ -9,7 +9,7 @@ from nmm_jax.models import build
 from nmm_jax.models.image_slots import map_filled, part_size
 from nmm_jax.parallel.sharding import Constrain
 from tests.fake_batches import fake_batch, tiny_config
-from tests.traced import outputs
+from tests.traced import equations, outputs
 
 NOTHING = jax.checkpoint_policies.nothing_saveable
 
@@ -60,6 +60,9 @@ def test_microbatches_and_weights_that_are_not_trained():
 
     whole = jax.grad(lambda w: ((encode(images[masks], w) * scale) ** 2).sum())(w)
     np.testing.assert_allclose(jax.jit(gradient)(w, scale), whole, rtol=1e-5, atol=1e-5)
+    loops = [e for e in equations(jax.make_jaxpr(gradient)(w, scale).jaxpr) if e.primitive is jax.lax.while_p]
+    sums = {v.aval.shape for loop in loops for v in loop.outvars}
+    assert w.shape in sums and scale.shape not in sums
 
 
 def test_a_part_is_a_16th_of_few_slots_and_a_32nd_of_many():
