@@ -24,7 +24,7 @@ def faults():
     step(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-usual = statistics.median(faults() for _ in range(15))  # the first ones take the memory from the system
+usual = statistics.median(faults() for _ in range(11))  # the first ones take the memory from the system
 print(step.lower(x).compile().memory_analysis().temp_size_in_bytes // resource.getpagesize(), usual)
 """
 
