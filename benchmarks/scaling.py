@@ -41,7 +41,7 @@ from benchmarks.timing import Timed, in_turns, origin, ratio, write
 from benchmarks.workload import configured, needs
 from configs import loading
 from data_pipelines.rows import Batch
-from nmm_jax.parallel import host_memory
+from nmm_jax.parallel import collective_threads, host_memory
 from nmm_jax.scaling.counting import count
 
 _AXES = flags.DEFINE_list("axes", ["rows", "length", "experts", "devices", "images"], "which of them")
@@ -130,7 +130,10 @@ class Maker:
         save_batches(batches, folder)
         text, theirs = loading.to_json(config), None
         if devices:
-            environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            environment = {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "NPROC": str(collective_threads.enough(devices)),
+            }
             ours: Any = self._stack.enter_context(Rival(OurStep, text, folder, environment=environment))
         else:
             weights = folder / "weights.npz"

@@ -7,18 +7,17 @@ import subprocess
 import sys
 import tempfile
 
+from nmm_jax.parallel.collective_threads import enough
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def simulated(devices):
+def _simulated(devices):
     """XLA_FLAGS. Without optimization it compiles twice as fast; collectives of a busy machine may take minutes."""
     return (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
-
-
-EIGHT_DEVICES = simulated(8)
 
 
 def command(corpus, workdir, *overrides):
@@ -27,7 +26,9 @@ def command(corpus, workdir, *overrides):
 
 
 def environment(devices=1):
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulated(devices)}
+    """Of a process with so many simulated devices."""
+    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _simulated(devices)}
+    return os.environ | variables | ({"NPROC": str(enough(devices))} if devices > 1 else {})
 
 
 def start(*args, devices=1, **of_process):

@@ -32,6 +32,8 @@ from absl import logging
 from jax._src import distributed  # the public barrier is a collective of devices
 from jax._src.clusters import ClusterEnv  # the public way in connects as well, and ends the process when that fails
 
+from nmm_jax.parallel import collective_threads
+
 TIMEOUT = 300  # seconds; JAX's own
 _MEETINGS = itertools.count()
 
@@ -60,6 +62,7 @@ def initialize(timeout: int = TIMEOUT) -> None:
       TimeoutError: nobody answers at the coordinator's address.
     """
     place = find(timeout)
+    collective_threads.provide(alone=place is None)
     if place is None:
         return
     logging.info("%s: joining the others at %s", place, place.coordinator)

@@ -1,7 +1,6 @@
 """Import, export, import: bit for bit. Folders that cannot be meant are refused with what is wrong."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from nmm_jax.interop.import_weights import import_weights
 from nmm_jax.models.spec import Spec
 from nmm_jax.training.checkpoints import CheckpointError, Checkpoints, open_run
 from tests.tiny import get_config
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 KINDS = {"clip": CLIP, "siglip": SIGLIP, "aimv2": AIMV2, "llama": LLAMA, "olmo2": OLMO2, "qwen3": QWEN3}
 KINDS |= {"mixtral": MIXTRAL, "llava": LLAVA}
@@ -292,10 +291,9 @@ def test_our_own_run_is_exported_without_its_patches(tmp_path, capfd):
 def test_on_eight_devices(tmp_path):
     """The shards of eight devices are the same parameters, each value read from the file about once; and back."""
     theirs = make_folder(tmp_path / "theirs", MIXTRAL)
-    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, pathlib.Path(__file__).with_name("eight_devices.py"), tmp_path],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

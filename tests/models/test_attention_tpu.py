@@ -1,7 +1,6 @@
 """Splash over intervals, interpreted, against a dense mask in float64; and which blocks its kernels read."""
 
 import functools
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from packed_rows import packed_batch
 from nmm_jax.models import attention_tpu
 from nmm_jax.models.attention import intervals
 from nmm_jax.models.attention_tpu import block_of, rows_at_a_time, splash, visits
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 ROWS, LENGTH, BLOCK = 2, 389, 128  # 4 blocks, the last of them padded
 
@@ -213,7 +212,7 @@ def test_on_eight_devices():
     """Rows and heads over replica, fsdp and tensor; and in a model whose layers are scanned and recomputed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("attention_eight_devices.py")],
-        env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

@@ -58,7 +58,8 @@ def weights_of(kind):
 
 
 @functools.cache
-def gradients_on(kind, mesh_name):
+def step_on(kind, mesh_name):
+    """A function of nothing: loss, what the model says of itself, gradients."""
     config = tiny_config(**KINDS[kind])
     model = models.build(config)
     mesh = mesh_of(MESHES[mesh_name]) if mesh_name else mesh_of({}, jax.devices()[:1])
@@ -74,12 +75,17 @@ def gradients_on(kind, mesh_name):
         ce = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         return (ce * batch["loss_mask"]).sum() / batch["loss_mask"].sum(), aux
 
-    def run(params, batch):
+    def step():
         with jax.transfer_guard("disallow"):
             (value, aux), grads = loss(params, batch)
         return float(value), jax.device_get(aux), jax.device_get(grads)
 
-    return run(params, batch)
+    return step
+
+
+@functools.cache
+def gradients_on(kind, mesh_name):
+    return step_on(kind, mesh_name)()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,3 +110,9 @@ def test_the_tower_skips_empty_slots_on_every_mesh():
     for mesh in ("", DEFAULT):
         _, aux, _ = gradients_on("late fusion", mesh)
         assert int(aux["vision_slots"]) == 8, mesh
+
+
+def test_devices_do_not_wait_for_each_other_for_ever():
+    """The tower does not depend on the embedding, so a device can wait in both (parallel/collective_threads.py)."""
+    step = step_on("late fusion", DEFAULT)
+    assert len({step()[0] for _ in range(50)}) == 1

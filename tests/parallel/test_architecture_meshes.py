@@ -1,22 +1,20 @@
 """Late and deep fusion over several devices, in a process of their own."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(which):
-    flags = EIGHT_DEVICES
     file = pathlib.Path(__file__).with_name("architectures_eight_devices.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-m", which, file],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

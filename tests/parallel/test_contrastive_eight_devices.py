@@ -1,19 +1,17 @@
 """The ring of contrastive losses, on 8 simulated devices in a process of its own."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 
 def test_on_eight_devices():
     """fsdp 8, replica 2 x fsdp 4, fsdp 4 x tensor 2 against one device: values, gradients, memory."""
-    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("contrastive_eight_devices.py")],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

@@ -1,17 +1,16 @@
 """Fully sharded data parallelism by hand, on 8 simulated devices in a process of its own."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 
 def test_on_eight_devices():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("gathered_eight_devices.py")],
-        env=os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,6 @@
 """Meshes and shardings: sizes and errors here, numbers on 8 simulated devices in a process of their own."""
 
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,15 +12,14 @@ from nmm_jax import models
 from nmm_jax.parallel import mesh as meshes
 from nmm_jax.parallel.sharding import divisor, param_shardings, spec
 from tests.fake_batches import tiny_config
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 
 def test_on_eight_devices():
     """fsdp 8, fsdp 4 x tensor 2, replica 2 x fsdp 4 against one device: losses, gradients, checkpoints."""
-    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("eight_devices.py")],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )

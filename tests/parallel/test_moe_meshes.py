@@ -1,23 +1,21 @@
 """Expert parallelism: numbers on 8 simulated devices, in a process of their own."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.training_runs import EIGHT_DEVICES
+from tests.training_runs import environment
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # eight devices on the cores of a machine that may have other work
 def test_on_eight_devices():
     """Meshes, transports and kinds of routing against one device: losses, gradients, counts, checkpoints, drops."""
-    flags = EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("moe_eight_devices.py")],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
     )
