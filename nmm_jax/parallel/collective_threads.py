@@ -20,7 +20,7 @@ def provide(alone: bool) -> None:
     NPROC is XLA's for the size of the pool (xla/pjrt, DefaultThreadPoolSize); one that is set already is kept.
     """
     asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = max(1, jax.config.read("jax_num_cpu_devices"), *map(int, asked[-1:]))
+    devices = max(1, jax.config.jax_num_cpu_devices, *map(int, asked[-1:]))  # type: ignore[attr-defined]
     if devices > 1 or not alone:
         os.environ.setdefault("NPROC", str(enough(devices)))
 
