@@ -71,3 +71,12 @@ def timeless(workdir):
     """The lines without what depends on the machine."""
     machine = ("time/", "speed/", "memory/")
     return [{k: v for k, v in line.items() if not k.startswith(machine)} for line in lines(workdir)]
+
+
+def passes_on_eight_devices(file, beside, *arguments):
+    """Runs tests of a file beside another one, on simulated devices, in a process of their own."""
+    tests = pathlib.Path(beside).with_name(file)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", *arguments, tests], env=environment(8), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

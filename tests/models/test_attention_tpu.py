@@ -1,9 +1,6 @@
 """Splash over intervals, interpreted, against a dense mask in float64; and which blocks its kernels read."""
 
 import functools
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,7 @@ from packed_rows import packed_batch
 from nmm_jax.models import attention_tpu
 from nmm_jax.models.attention import intervals
 from nmm_jax.models.attention_tpu import block_of, rows_at_a_time, splash, visits
-from tests.training_runs import environment
+from tests.training_runs import passes_on_eight_devices
 
 ROWS, LENGTH, BLOCK = 2, 389, 128  # 4 blocks, the last of them padded
 
@@ -210,13 +207,7 @@ def test_blocks_outside_are_not_read(mask):
 
 def test_on_eight_devices():
     """Rows and heads over replica, fsdp and tensor; and in a model whose layers are scanned and recomputed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("attention_eight_devices.py")],
-        env=environment(8),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_on_eight_devices("attention_eight_devices.py", __file__)
 
 
 @pytest.mark.parametrize(("kept", "kernels"), [((), 4), (("query", "key", "value", "attended"), 3)])

@@ -1,18 +1,8 @@
 """The ring of contrastive losses, on 8 simulated devices in a process of its own."""
 
-import pathlib
-import subprocess
-import sys
-
-from tests.training_runs import environment
+from tests.training_runs import passes_on_eight_devices
 
 
 def test_on_eight_devices():
     """fsdp 8, replica 2 x fsdp 4, fsdp 4 x tensor 2 against one device: values, gradients, memory."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("contrastive_eight_devices.py")],
-        env=environment(8),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_on_eight_devices("contrastive_eight_devices.py", __file__)

@@ -1,9 +1,6 @@
 """Meshes and shardings: sizes and errors here, numbers on 8 simulated devices in a process of their own."""
 
 import math
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -12,18 +9,12 @@ from nmm_jax import models
 from nmm_jax.parallel import mesh as meshes
 from nmm_jax.parallel.sharding import divisor, param_shardings, spec
 from tests.fake_batches import tiny_config
-from tests.training_runs import environment
+from tests.training_runs import passes_on_eight_devices
 
 
 def test_on_eight_devices():
     """fsdp 8, fsdp 4 x tensor 2, replica 2 x fsdp 4 against one device: losses, gradients, checkpoints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", pathlib.Path(__file__).with_name("eight_devices.py")],
-        env=environment(8),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_on_eight_devices("eight_devices.py", __file__)
 
 
 @pytest.mark.parametrize(
